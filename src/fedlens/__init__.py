@@ -1,0 +1,3 @@
+"""fedlens runs federated computations and keeps what every client learned."""
+
+__version__ = "0.1.0"
