@@ -1,3 +1,72 @@
-"""fedlens runs federated computations and keeps what every client learned."""
+"""fedlens runs federated computations and keeps what every client learned.
+
+    import fedlens as fed
+
+Every public name of `federated_language` is here too, with fedlens's own in front. Names are loaded when they are first
+used: importing this package takes milliseconds, JAX and the language load with the first computation.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_MODULES = {  # module -> the names that it gives to this one; a name of None is the module itself
+    "fedlens.errors": (
+        "CohortError",
+        "ConfigError",
+        "DataError",
+        "FedlensError",
+        "LanguageError",
+        "LedgerError",
+        "NonFiniteError",
+        "PerformanceWarning",
+        "StructureError",
+        "UnsupportedError",
+    ),
+    "fedlens.language": ("Sequence", "batch_type", "federated_map", "federated_zip", "jax_computation", "type_of"),
+    "fedlens.runtime": ("ClientValues", "Cohort", "use"),
+    "fedlens.learning.models": ("Model",),
+    "fedlens.ledger": ("Ledger",),
+    "fedlens.study": ("resume", "run"),
+}
+_SUBMODULES = {
+    "compiler": "fedlens.compiler",
+    "data": "fedlens.data",
+    "learning": "fedlens.learning",
+    "ledger": "fedlens.ledger",
+    "losses": "fedlens.learning.losses",
+    "metrics": "fedlens.learning.metrics",
+    "models": "fedlens.learning.models",
+    "report": "fedlens.report",
+    "runtime": "fedlens.runtime",
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_WITHOUT_JAX = {"fedlens.errors", "fedlens.ledger"}
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    home = _SUBMODULES.get(name) or _HOMES.get(name)
+    if home not in _WITHOUT_JAX:
+        importlib.import_module("fedlens.runtime")  # asks for the devices, and becomes the language's default context
+    if name in _SUBMODULES:
+        value = importlib.import_module(_SUBMODULES[name])
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
+        language = importlib.import_module("federated_language")
+        if name.startswith("_") or not hasattr(language, name):
+            raise AttributeError(f"module 'fedlens' has no attribute {name!r}")
+        value = getattr(language, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    language = importlib.import_module("federated_language")
+    public = {name for name in dir(language) if not name.startswith("_")}
+    return sorted(public | _HOMES.keys() | _SUBMODULES.keys() | {"__version__"})

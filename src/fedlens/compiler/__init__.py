@@ -1,0 +1,9 @@
+"""From a computation of the language to a plan: normal form, then stages."""
+
+from fedlens.compiler.normalize import normalize as normalize
+from fedlens.compiler.plan import ClientStage as ClientStage
+from fedlens.compiler.plan import Input as Input
+from fedlens.compiler.plan import Plan as Plan
+from fedlens.compiler.plan import ServerStage as ServerStage
+from fedlens.compiler.plan import Step as Step
+from fedlens.compiler.plan import plan as plan

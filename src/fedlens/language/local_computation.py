@@ -1,0 +1,205 @@
+"""Local computations: Python functions of JAX operations with a type, and how the language carries them.
+
+The language's intermediate representation holds a local computation as an opaque payload. In process fedlens's payload is a
+key into a registry of the functions themselves, so nothing is serialised and a map over clients can be traced together
+with the code around it. A key means nothing in another process: reading one there is an error that says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import federated_language as fl
+import jax
+import jax.numpy as jnp
+import numpy as np
+from federated_language.proto import computation_pb2
+
+from fedlens import trees
+from fedlens.errors import LanguageError, UnsupportedError
+from fedlens.language.sequence import MASK, Sequence, SequenceLayout
+from fedlens.language.types import from_positional, is_wide, tensor_types, type_of
+
+_PAYLOAD = "fedlens.local_computation"
+
+
+@dataclass(frozen=True, eq=False)
+class LocalComputation:
+    """A function that runs at one place.
+
+    Attributes:
+      name: the name of the Python function, for errors and plans.
+      function: takes the argument in its containers (or nothing, without a parameter type), returns the result in its own.
+      type_signature: parameter (or None) and result, with containers.
+      wide: whether it runs with 64-bit types; JAX narrows them otherwise.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    type_signature: fl.FunctionType
+    wide: bool
+
+    def __call__(self, *positional: Any) -> Any:
+        """Calls the function on a positional value, and returns a positional value of the declared result type.
+
+        Raises:
+          LanguageError: a gradient through `Sequence.reduce`.
+        """
+        with jax.enable_x64(self.wide):
+            parameter = self.type_signature.parameter
+            try:
+                result = (
+                    self.function() if parameter is None else self.function(from_positional(positional[0], parameter))
+                )
+            except ValueError as error:
+                if "Reverse-mode differentiation does not work for lax.while_loop" not in str(error):
+                    raise
+                raise LanguageError(
+                    f"Expected {self.name!r} to differentiate inside the step of sequence.reduce, found a gradient taken "
+                    "through reduce: a fold over an unknown number of batches has none. Move jax.grad into the step."
+                ) from error
+            return _positional_result(result, self.type_signature.result)
+
+
+def make_local_computation(name: str, function: Callable[..., Any], parameter: fl.Type | None) -> LocalComputation:
+    """Types `function` by abstract evaluation (`jax.eval_shape`): no arithmetic runs.
+
+    Args:
+      name: what to call it.
+      function: takes one argument of type `parameter`, or none.
+      parameter: tensors, structs and sequences of known shapes; None for a function without arguments.
+
+    Raises:
+      UnsupportedError: a tensor of unknown shape, or of strings.
+      LanguageError: the function returns None, a sequence, or something that is no array.
+    """
+    for tensor in tensor_types(parameter) if parameter is not None else ():
+        if tensor.shape is None or None in tensor.shape:
+            raise UnsupportedError(
+                f"Expected every dimension of a JAX computation's parameter to be known, found {tensor} in {name!r}. "
+                "Use batches of one size with a mask (fed.batch_type)."
+            )
+        if tensor.dtype.kind in "US":
+            raise UnsupportedError(f"Expected numbers as arguments of a JAX computation, found {tensor} in {name!r}.")
+    wide = is_wide(parameter)
+    result_type, returns_wide_numpy = _infer_result(name, function, parameter, wide)
+    if returns_wide_numpy and not wide:  # a NumPy constant of 64 bits: tracing it narrow would change its value
+        wide = True
+        result_type, _ = _infer_result(name, function, parameter, wide)
+    return LocalComputation(name, function, fl.FunctionType(parameter, result_type), wide)
+
+
+def _infer_result(
+    name: str, function: Callable[..., Any], parameter: fl.Type | None, wide: bool
+) -> tuple[fl.Type, bool]:
+    found: list[tuple[fl.Type, bool]] = []
+
+    def traced(*positional: Any) -> list[jax.Array]:
+        result = function() if parameter is None else function(from_positional(positional[0], parameter))
+        leaves = trees.leaves(result)
+        if result is None or not leaves:
+            raise LanguageError(f"Expected {name!r} to return at least one array, found {result!r}.")
+        if any(isinstance(leaf, Sequence) for leaf in leaves):
+            raise LanguageError(f"Expected {name!r} to return arrays, found a sequence. Fold it with sequence.reduce.")
+        found.append((type_of(result), any(_is_wide_numpy(leaf) for leaf in leaves)))
+        return [jnp.asarray(leaf) for leaf in leaves]
+
+    with jax.enable_x64(wide):
+        jax.eval_shape(traced, *(() if parameter is None else (abstract_value(parameter),)))
+    return found[-1]
+
+
+def _is_wide_numpy(leaf: object) -> bool:
+    return isinstance(leaf, np.ndarray | np.generic) and is_wide(type_of(leaf))
+
+
+def _positional_result(result: Any, type_: fl.Type) -> Any:
+    if isinstance(type_, fl.StructType):
+        fields = trees.fields_of(result) or []
+        return tuple(
+            _positional_result(child, field) for (_, child), (_, field) in zip(fields, type_.items(), strict=True)
+        )
+    return jnp.asarray(result, type_.dtype)
+
+
+def abstract_value(type_: fl.Type) -> Any:
+    """A positional value of `jax.ShapeDtypeStruct`s; a sequence has one row."""
+    if isinstance(type_, fl.StructType):
+        return tuple(abstract_value(field) for _, field in type_.items())
+    if isinstance(type_, fl.SequenceType):
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        rows = tuple(jax.ShapeDtypeStruct((1, *tensor.shape), tensor.dtype) for tensor in tensor_types(type_))
+        layout = SequenceLayout(type_.element, rows_per_batch=None, masked=False, max_rows=1)
+        return Sequence(rows, index, index, None, layout)
+    return jax.ShapeDtypeStruct(type_.shape, type_.dtype)
+
+
+class _Registry:
+    """Local computations by key, for the life of the process: a computation's proto can outlive every other reference."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, LocalComputation] = {}
+        self._lock = threading.Lock()
+        self._next = itertools.count()
+
+    def add(self, local: LocalComputation) -> str:
+        with self._lock:
+            key = f"{local.name}-{next(self._next)}"
+            self._entries[key] = local
+            return key
+
+    def get(self, key: str) -> LocalComputation | None:
+        return self._entries.get(key)
+
+
+_registry = _Registry()
+
+
+def to_proto(local: LocalComputation) -> computation_pb2.Computation:
+    """A computation whose payload is the registry key of `local`."""
+    proto = computation_pb2.Computation(type=local.type_signature.to_proto())
+    proto.xla.hlo_module.type_url = _PAYLOAD
+    proto.xla.hlo_module.value = _registry.add(local).encode()
+    return proto
+
+
+def from_proto(proto: computation_pb2.Computation) -> LocalComputation:
+    """The local computation that a payload names.
+
+    Raises:
+      UnsupportedError: the payload is another runtime's, or was made in another process.
+    """
+    kind = proto.WhichOneof("computation")
+    if kind != "xla" or proto.xla.hlo_module.type_url != _PAYLOAD:
+        raise UnsupportedError(
+            f"Expected a local computation made by fedlens (fed.jax_computation), found a payload of kind {kind!r}."
+        )
+    key = proto.xla.hlo_module.value.decode()
+    local = _registry.get(key)
+    if local is None:
+        raise UnsupportedError(
+            f"Expected a local computation made in this process, found {key!r} of another one. "
+            "Build the computation again from its Python code."
+        )
+    return local
+
+
+def batch_type(element_type: fl.Type, batch_size: int) -> fl.StructType:
+    """The type of a batch of examples: each field gains a leading dimension, and a field `mask` says which rows are real.
+
+    Example:
+      >>> str(batch_type(fl.StructType([("x", fl.TensorType(np.float32, (4,))), ("y", np.int32)]), 20))
+      '<x=float32[20,4],y=int32[20],mask=bool[20]>'
+
+    Args:
+      element_type: the type of one example, a struct with named tensor fields.
+      batch_size: rows in a batch, at least 1.
+    """
+    if batch_size < 1:
+        raise LanguageError(f"Expected a batch size of at least 1, found {batch_size}.")
+    fields = [(name, fl.TensorType(tensor.dtype, (batch_size, *tensor.shape))) for name, tensor in element_type.items()]
+    return fl.StructWithPythonType([*fields, (MASK, fl.TensorType(np.bool_, (batch_size,)))], dict)

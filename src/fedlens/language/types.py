@@ -1,0 +1,231 @@
+"""Python values and language types: infer the one from the other, and translate values for the compiler.
+
+Inside the compiler and the runtime a value is *positional*: a struct is a tuple of its fields in the order of its type, a
+tensor is an array, a sequence is a `Sequence`. Containers (dict, NamedTuple, dataclass, ...) exist only at the edges,
+where a user's function is called and where a result is handed out; `StructWithPythonType` remembers them.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import Any
+
+import federated_language as fl
+import numpy as np
+from federated_language.common_libs import structure
+
+from fedlens import trees
+from fedlens.errors import StructureError
+
+_WIDE = (np.dtype(np.int64), np.dtype(np.uint64), np.dtype(np.float64), np.dtype(np.complex128))
+
+
+def type_of(value: object) -> fl.Type:
+    """The language type of a Python value: nested containers of arrays, scalars, types, or typed values.
+
+    Example:
+      >>> str(type_of({"w": np.zeros((2, 3), np.float32), "b": 0.5}))
+      '<w=float32[2,3],b=float32>'
+
+    Args:
+      value: arrays (NumPy, JAX, `jax.ShapeDtypeStruct`), Python scalars, `federated_language` types and values, in any
+        nesting of dict, OrderedDict, list, tuple, NamedTuple, dataclass and attrs classes.
+
+    Returns:
+      The type; its structs remember the Python container (`StructWithPythonType`).
+
+    Raises:
+      StructureError: a leaf that is no array, scalar or type.
+    """
+    return _type_of(value, "")
+
+
+def _type_of(value: Any, path: str) -> fl.Type:
+    if isinstance(value, fl.Type):
+        return value
+    if isinstance(value, fl.TypedObject):
+        return value.type_signature
+    fields = trees.fields_of(value)
+    if fields is not None:
+        elements = [
+            (name, _type_of(child, f"{path}/{position if name is None else name}".lstrip("/")))
+            if name is not None
+            else _type_of(child, f"{path}/{position}".lstrip("/"))
+            for position, (name, child) in enumerate(fields)
+        ]
+        try:
+            return fl.StructWithPythonType(elements, type(value))
+        except ValueError as error:
+            raise StructureError(
+                f"Expected field names that the federated language allows{_at(path)}, found a reserved one: {error}"
+            ) from error
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        try:
+            return fl.TensorType(np.dtype(value.dtype), tuple(value.shape))
+        except (TypeError, NotImplementedError) as error:
+            hint = " Pass jax.random.key_data(key) instead." if "key<" in str(value.dtype) else ""
+            raise StructureError(
+                f"Expected a dtype that the federated language knows{_at(path)}, found {value.dtype}.{hint}"
+            ) from error
+    if isinstance(value, bool | int | float | complex | str | bytes):
+        return fl.TensorType(fl.infer_dtype(value))
+    raise StructureError(f"Expected an array or a scalar{_at(path)}, found {type(value).__name__}.")
+
+
+def to_positional(value: Any, type_: fl.Type, path: str = "") -> Any:
+    """Checks `value` against its type and strips its containers.
+
+    Args:
+      value: what the user passed.
+      type_: its type; tensors and structs of them (sequences are the business of a cohort's columns).
+      path: where `value` stands in a larger value, for errors.
+
+    Returns:
+      `value` with tuples for structs and arrays (NumPy or JAX, as they came) for tensors.
+
+    Raises:
+      StructureError: structure, shape or dtype differ; nothing is cast, Python scalars excepted.
+    """
+    if isinstance(type_, fl.StructType):
+        fields = argument_fields(value)
+        expected = list(type_.items())
+        if fields is None:
+            raise StructureError(f"Expected a container {type_}{_at(path)}, found {describe(value)}.")
+        if len(fields) != len(expected):
+            raise StructureError(
+                f"Expected {_field_names(expected)}{_at(path)}, found {_field_names(fields)}: "
+                f"{len(expected)} fields against {len(fields)}."
+            )
+        by_name = {name: child for name, child in fields if name is not None}
+        positional = []
+        for position, ((name, field_type), (found_name, child)) in enumerate(zip(expected, fields, strict=True)):
+            step = f"{path}/{position if name is None else name}".lstrip("/")
+            if name is not None and found_name is not None and name != found_name:
+                if name not in by_name:
+                    raise StructureError(f"Expected a field {name!r}{_at(path)}, found {_field_names(fields)}.")
+                child = by_name[name]
+            positional.append(to_positional(child, field_type, step))
+        return tuple(positional)
+    if isinstance(type_, fl.TensorType):
+        return _to_array(value, type_, path)
+    raise StructureError(f"Expected a tensor or a struct of tensors{_at(path)}, found the type {type_}.")
+
+
+def from_positional(value: Any, type_: fl.Type) -> Any:
+    """Puts the containers of `type_` back around a positional value; the inverse of `to_positional`."""
+    if isinstance(type_, fl.StructType):
+        return trees.build(
+            type_.python_container,
+            [
+                (name, from_positional(child, field_type))
+                for (name, field_type), child in zip(type_.items(), value, strict=True)
+            ],
+        )
+    return value
+
+
+def tensor_types(type_: fl.Type) -> list[fl.TensorType]:
+    """The tensors of a type in field order; a federated type counts as its member, a sequence as its element."""
+    if isinstance(type_, fl.TensorType):
+        return [type_]
+    if isinstance(type_, fl.StructType):
+        return [tensor for _, field in type_.items() for tensor in tensor_types(field)]
+    if isinstance(type_, fl.FederatedType):
+        return tensor_types(type_.member)
+    if isinstance(type_, fl.SequenceType):
+        return tensor_types(type_.element)
+    raise StructureError(f"Expected a type made of tensors, found {type_}.")
+
+
+def leaf_paths(type_: fl.Type, path: str = "") -> list[str]:
+    """The paths of a type's tensors in field order, as `trees.items` gives them for values."""
+    if isinstance(type_, fl.FederatedType):
+        return leaf_paths(type_.member, path)
+    if not isinstance(type_, fl.StructType):
+        return [path]
+    return [
+        leaf
+        for position, (name, field) in enumerate(type_.items())
+        for leaf in leaf_paths(field, f"{path}/{position if name is None else name}".lstrip("/"))
+    ]
+
+
+def is_wide(type_: fl.Type | None) -> bool:
+    """Whether a type has 64-bit leaves (128-bit complex), which JAX narrows unless it is told not to."""
+    return type_ is not None and any(tensor.dtype in _WIDE for tensor in tensor_types(type_))
+
+
+def contains_sequence(type_: fl.Type) -> bool:
+    """Whether a sequence occurs in a type."""
+    if isinstance(type_, fl.StructType):
+        return any(contains_sequence(field) for _, field in type_.items())
+    if isinstance(type_, fl.FederatedType):
+        return contains_sequence(type_.member)
+    return isinstance(type_, fl.SequenceType)
+
+
+def num_bytes(type_: fl.Type) -> int:
+    """The bytes of one value of a type of known shapes; sequences count as one batch."""
+    return sum(
+        reduce(operator.mul, (dim or 0 for dim in tensor.shape or ()), 1) * tensor.dtype.itemsize
+        for tensor in tensor_types(type_)
+    )
+
+
+def describe(value: object) -> str:
+    """A value in a few words, for errors: `float32[2,3]`, `dict with fields a, b`, `str`."""
+    fields = trees.fields_of(value)
+    if fields is not None:
+        return f"{type(value).__name__} with {_field_names(fields)}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return type(value).__name__
+
+
+def argument_fields(value: Any) -> list[tuple[str | None, Any]] | None:
+    """The fields of a container, or of the struct in which the language hands several arguments to a context."""
+    if isinstance(value, structure.Struct):
+        return list(structure.iter_elements(value))
+    return trees.fields_of(value)
+
+
+def _to_array(value: Any, type_: fl.TensorType, path: str) -> Any:
+    if isinstance(value, bool | int | float | complex):
+        if type_.shape != ():
+            raise StructureError(f"Expected {type_}{_at(path)}, found the Python scalar {value!r}.")
+        kind = type_.dtype.kind
+        allowed = {"b": bool, "i": int, "u": int, "c": complex}.get(kind, float)
+        accepted = isinstance(value, bool) == (kind == "b") and isinstance(
+            value, allowed if kind != "c" else complex | float | int
+        )
+        if not (accepted or (allowed is float and isinstance(value, int) and not isinstance(value, bool))):
+            raise StructureError(f"Expected {type_}{_at(path)}, found the Python scalar {value!r}.")
+        if not fl.can_cast_dtype(value, type_.dtype.type):
+            raise StructureError(f"Expected a value that fits {type_}{_at(path)}, found {value!r}.")
+        return np.asarray(value, type_.dtype)
+    if isinstance(value, str | bytes) and type_.dtype.kind in "US":
+        return value
+    if not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        raise StructureError(f"Expected {type_}{_at(path)}, found {describe(value)}.")
+    if type_.dtype.kind in "US" and np.dtype(value.dtype).kind in "USO":
+        return value
+    if value.dtype != type_.dtype or not _fits(tuple(value.shape), type_.shape):
+        raise StructureError(f"Expected {type_}{_at(path)}, found {describe(value)}.")
+    return value
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> bool:
+    if expected is None:
+        return True
+    return len(shape) == len(expected) and all(want in (None, dim) for dim, want in zip(shape, expected, strict=True))
+
+
+def _field_names(fields: list[tuple[str | None, Any]]) -> str:
+    if not fields:
+        return "no fields"
+    return "fields " + ", ".join(str(position) if name is None else name for position, (name, _) in enumerate(fields))
+
+
+def _at(path: str) -> str:
+    return f" at {path!r}" if path else ""

@@ -1,0 +1,57 @@
+"""PRNG keys as values: one for each client and round, which depends on the run, the round and the client's id alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import jax
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray, UInt32
+
+from fedlens.runtime.columns import bucket
+
+IMPLEMENTATION = "threefry2x32"  # said everywhere: the default of JAX is the user's to change, results are not
+
+KeyData = UInt32[np.ndarray, "2"]  # what a key is in the language, which has no type for keys
+
+
+def run_key(seed: int) -> KeyData:
+    """The key of a run."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed, impl=IMPLEMENTATION)))
+
+
+def as_key(data: UInt32[jax.Array, "2"]) -> PRNGKeyArray:
+    """The key that key data stand for."""
+    return jax.random.wrap_key_data(data, impl=IMPLEMENTATION)
+
+
+def client_keys(key: KeyData, round_number: int, ids: Sequence[str]) -> UInt32[np.ndarray, "clients 2"]:
+    """The clients' keys of one round: `fold_in` of the run's key, the round, and both halves of a hash of the id.
+
+    The hash is a 64-bit BLAKE2b, as Python's own `hash` of a string differs from process to process.
+    """
+    halves = np.array([_id_halves(client_id) for client_id in ids], np.uint32)
+    capacity = bucket(len(ids))  # so that cohorts of new sizes rarely compile anew
+    padded = np.zeros((capacity, 2), np.uint32)
+    padded[: len(ids)] = halves
+    return np.asarray(_fold(np.asarray(key, np.uint32), np.uint32(round_number), padded))[: len(ids)]
+
+
+@lru_cache(maxsize=1 << 20)
+def _id_halves(client_id: str) -> tuple[int, int]:
+    digest = hashlib.blake2b(client_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+@jax.jit
+def _fold(
+    key: UInt32[jax.Array, "2"], round_number: Int[jax.Array, ""], halves: UInt32[jax.Array, "clients 2"]
+) -> UInt32[jax.Array, "clients 2"]:
+    of_round = jax.random.fold_in(as_key(key), round_number)
+
+    def of_client(two: UInt32[jax.Array, "2"]) -> UInt32[jax.Array, "2"]:
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(of_round, two[0]), two[1]))
+
+    return jax.vmap(of_client)(halves)

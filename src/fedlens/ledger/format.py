@@ -1,0 +1,218 @@
+"""`run.json`: what a run is, and which leaves its model has.
+
+`docs/ledger-format.md` is the specification. Nothing in it depends on the time, the machine or chance: two runs that
+compute the same write the same bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlens import trees
+from fedlens.errors import FedlensError, LedgerError
+from fedlens.ledger.folder import RUN
+from fedlens.ledger.tensorfile import dtype_of
+
+FORMAT = "fedlens-ledger"
+FORMAT_VERSION = 1
+READ_BY = "fedlens 0.1 and later"  # which fedlens reads FORMAT_VERSION
+ENCODING = "raw"
+ROOT_LEAF = "weights"  # the name of a model that is one array
+
+_LIBRARIES = ("fedlens", "jax", "numpy", "pyarrow")
+
+
+class NotInLedgerError(LedgerError, KeyError):
+    """A round, client or leaf that a ledger does not hold; also a `KeyError`."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of the model: its path, its shape without the clients' axis, its dtype's name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run.json` says.
+
+    Attributes:
+      config: the run's configuration, plain JSON.
+      planned_rounds: how many rounds make the run complete.
+      skeleton: the model's containers, see `trees.skeleton`.
+      leaves: the model's leaves in field order.
+      versions: name -> version of the libraries that made the run.
+    """
+
+    config: Mapping[str, Any]
+    planned_rounds: int
+    skeleton: trees.Skeleton
+    leaves: tuple[Leaf, ...]
+    versions: Mapping[str, str]
+
+
+def describe(weights: trees.PyTree, config: Mapping[str, Any], rounds: int, versions: Mapping[str, str]) -> Run:
+    """Describes a run from an example of its model's weights.
+
+    Raises:
+      LedgerError: no leaves, two leaves of one name, a dtype that cannot be stored, a config that is not JSON.
+    """
+    leaves = []
+    for name, leaf in trees.items(weights):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise LedgerError(f"Expected arrays as leaves, found {type(leaf).__name__}, in leaf {name!r}.")
+        leaves.append(Leaf(name or ROOT_LEAF, tuple(leaf.shape), leaf.dtype.name))
+        _check_leaf(leaves[-1])
+    names = [leaf.name for leaf in leaves]
+    if not names:
+        raise LedgerError("Expected weights with at least one leaf, found none.")
+    for name in names:
+        if names.count(name) > 1:
+            raise LedgerError(f"Expected one leaf of each name, found two, in leaf {name!r}. Rename a key holding '/'.")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise LedgerError(f"Expected at least one planned round, found {rounds!r}.")
+    plain = _plain(config, "config")
+    return Run(plain, rounds, trees.skeleton(weights), tuple(leaves), dict(library_versions() | dict(versions)))
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that decide a run's numbers, as far as they are installed."""
+    versions = {"python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def to_json(run: Run) -> bytes:
+    """The bytes of `run.json`."""
+    fields = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "planned_rounds": run.planned_rounds,
+        "encoding": ENCODING,
+        "config": run.config,
+        "skeleton": run.skeleton,
+        "leaves": [{"name": leaf.name, "shape": list(leaf.shape), "dtype": leaf.dtype} for leaf in run.leaves],
+        "versions": run.versions,
+        "policy": None,
+    }
+    return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def read_run(folder: Path) -> Run:
+    """Reads and checks `run.json`.
+
+    Raises:
+      LedgerError: there is none, it is damaged, or its format or encoding is not one that this fedlens reads.
+    """
+    path = folder / RUN
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise LedgerError(
+            f"Expected a ledger, a folder with {RUN}, found: {error.strerror}, in {folder}. Check the path."
+        ) from error
+    try:
+        fields = json.loads(text)
+        foreign = _foreign(fields)
+        run = None if foreign else _parse(fields)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FedlensError) as error:
+        raise LedgerError(
+            f"Expected a description of a run, found damage ({type(error).__name__}: {error}), in {path}. "
+            "Restore the file from a copy."
+        ) from error
+    if run is None:
+        raise LedgerError(f"{foreign}, in {path}.")
+    return run
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the known names nearest to it."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) if len(known) <= 10_000 else []
+    if close:
+        return f"Did you mean {' or '.join(map(repr, close))}?"
+    return f"There are {len(known)}, such as {', '.join(map(repr, known[:3]))}." if known else "There are none."
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises `LedgerError` for text that UTF-8 cannot hold (a lone surrogate) and for what is no text."""
+    try:
+        text.encode()
+    except (UnicodeEncodeError, AttributeError):
+        raise LedgerError(f"Expected valid Unicode text, found {text!r}, in {where}.") from None
+
+
+def _check_leaf(leaf: Leaf) -> None:
+    if not isinstance(leaf.name, str) or leaf.name == "__metadata__":
+        raise LedgerError(f"Expected a leaf name that safetensors can hold, found {leaf.name!r}. Rename the leaf.")
+    check_text(leaf.name, f"leaf {leaf.name!r}")
+    if not all(type(extent) is int and extent >= 0 for extent in leaf.shape):
+        raise LedgerError(f"Expected a shape of whole numbers, found {leaf.shape}, in leaf {leaf.name!r}.")
+    try:
+        dtype_of(leaf.dtype)
+    except LedgerError as error:
+        raise LedgerError(f"{error} In leaf {leaf.name!r}.") from None
+
+
+def _foreign(fields: Mapping[str, Any]) -> str | None:
+    """What keeps this fedlens from reading a `run.json`, None when nothing does."""
+    if fields["format"] != FORMAT:
+        return f"Expected format {FORMAT!r}, found {fields['format']!r}, which is no ledger"
+    if fields["format_version"] != FORMAT_VERSION:
+        writer = fields.get("versions", {}).get("fedlens", "of unknown version")
+        return (
+            f"Expected format version {FORMAT_VERSION}, which {READ_BY} reads, found {fields['format_version']!r}, "
+            f"written by fedlens {writer}, which reads it"
+        )
+    if fields["encoding"] != ENCODING:
+        return f"Expected encoding {ENCODING!r}, found {fields['encoding']!r}, which a newer fedlens reads"
+    return None
+
+
+def _parse(fields: Mapping[str, Any]) -> Run:
+    leaves = tuple(Leaf(leaf["name"], tuple(leaf["shape"]), leaf["dtype"]) for leaf in fields["leaves"])
+    run = Run(fields["config"], fields["planned_rounds"], fields["skeleton"], leaves, fields["versions"])
+    for leaf in run.leaves:
+        _check_leaf(leaf)
+    if type(run.planned_rounds) is not int or run.planned_rounds < 1:
+        raise ValueError(f"planned_rounds is {run.planned_rounds!r}")
+    if not isinstance(run.config, dict) or not isinstance(run.versions, dict):
+        raise ValueError("config and versions are not objects")
+    tree = trees.from_skeleton(run.skeleton, range(len(run.leaves)))
+    if [name or ROOT_LEAF for name, _ in trees.items(tree)] != [leaf.name for leaf in run.leaves]:
+        raise ValueError("the skeleton has other leaves than the list")
+    return run
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` as JSON gives it back, so that a ledger's config is the one that was written."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise LedgerError(f"Expected strings as keys, found {key!r}, in {where}.")
+            check_text(key, where)
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{position}]") for position, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise LedgerError(f"Expected a finite number, found {value}, in {where}. JSON has no other.")
+    if isinstance(value, str):
+        check_text(value, where)
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise LedgerError(f"Expected JSON (text, numbers, lists, mappings), found {type(value).__name__}, in {where}.")

@@ -1,0 +1,163 @@
+"""What a run hands to its ledger after each round, and the check that it fits the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Shaped
+
+from fedlens.errors import LedgerError
+from fedlens.ledger.format import Leaf, Run, check_text
+from fedlens.ledger.measure import Clients
+from fedlens.ledger.tensorfile import AnyArray, dtype_of
+
+PerClient = Shaped[np.ndarray, " clients"]  # a number for each client
+
+# Columns of a round's table that users' metrics cannot take. SQL ignores case, so the comparison does too.
+RESERVED = ("round", "client", "position", "part", "row", "num_examples", "update_norm", "leaves")
+
+
+@dataclass(frozen=True)
+class ClientPart:
+    """Some clients of one round, stacked: what one device or one chunk computed.
+
+    Attributes:
+      ids: the clients' ids: any non-empty text. They are data only and never become file names.
+      positions: each client's place in the cohort.
+      weights: the local models, leaf by leaf in the run's order, each [clients, *leaf].
+      num_examples: how many examples each client trained on.
+      metrics: name -> one number a client, such as `loss` and `accuracy`.
+    """
+
+    ids: tuple[str, ...]
+    positions: PerClient
+    weights: list[Clients]
+    num_examples: PerClient
+    metrics: Mapping[str, PerClient]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round. The ledger reads the arrays until the round is committed: do not change them after handing them over.
+
+    Attributes:
+      round: the round's number, from 0.
+      global_weights: the global model before the round, leaf by leaf in the run's order.
+      parts: the clients; their order is the order in which they are stored.
+      metrics: the server's metrics of the round.
+      checkpoint: name -> array; what resuming needs, as it is after the round.
+    """
+
+    round: int
+    global_weights: list[AnyArray]
+    parts: Sequence[ClientPart]
+    metrics: Mapping[str, float]
+    checkpoint: Mapping[str, AnyArray]
+
+
+def check(record: RoundRecord, run: Run) -> None:
+    """Checks that a round fits its run.
+
+    Raises:
+      LedgerError: a leaf, id, metric or count that does not; the message names part, client, leaf or metric.
+    """
+    where = f"round {record.round}"
+    _check_leaves(record.global_weights, run.leaves, (), f"the global model of {where}")
+    for number, part in enumerate(record.parts):
+        _check_part(part, run.leaves, f"part {number} of {where}")
+    _check_clients(record.parts, where)
+    _check_metric_names(record.parts, where)
+    for name, array in record.checkpoint.items():
+        if not isinstance(name, str) or name == "__metadata__":
+            raise LedgerError(
+                f"Expected a name that safetensors can hold, found {name!r}, in the checkpoint of {where}."
+            )
+        check_text(name, f"the checkpoint of {where}")
+        try:
+            dtype_of(np.asarray(array).dtype.name)
+        except LedgerError as error:
+            raise LedgerError(f"{error} In {name!r} of the checkpoint of {where}.") from None
+    for name, value in record.metrics.items():
+        check_text(name, f"the metrics of {where}")
+        if np.ndim(value) != 0 or np.asarray(value).dtype.kind not in "biuf":
+            raise LedgerError(f"Expected a number, found {value!r}, in metric {name!r} of {where}.")
+
+
+def _check_leaves(arrays: Sequence[AnyArray], leaves: Sequence[Leaf], axes: tuple[int, ...], where: str) -> None:
+    if len(arrays) != len(leaves):
+        raise LedgerError(f"Expected {len(leaves)} leaves, found {len(arrays)}, in {where}.")
+    for array, leaf in zip(arrays, leaves, strict=True):
+        expected = (*axes, *leaf.shape)
+        found = (getattr(array, "shape", None), getattr(getattr(array, "dtype", None), "name", type(array).__name__))
+        if found != (expected, leaf.dtype):
+            raise LedgerError(
+                f"Expected {leaf.dtype}{list(expected)}, found {found[1]}{list(found[0] or ())}, "
+                f"in leaf {leaf.name!r} of {where}."
+            )
+
+
+def _check_part(part: ClientPart, leaves: Sequence[Leaf], where: str) -> None:
+    clients = len(part.ids)
+    _check_leaves(part.weights, leaves, (clients,), where)
+    columns = {"positions": part.positions, "num_examples": part.num_examples, **part.metrics}
+    for name, column in columns.items():
+        if np.shape(column) != (clients,):
+            raise LedgerError(f"Expected {clients} numbers, found shape {np.shape(column)}, in {name!r} of {where}.")
+    if np.asarray(part.positions).dtype.kind not in "iu" or (clients and np.min(part.positions) < 0):
+        raise LedgerError(f"Expected positions from 0, found {part.positions!r}, in {where}.")
+    counts = np.asarray(part.num_examples).astype(np.float64)
+    for client, count in zip(part.ids, counts, strict=True):
+        if not (count >= 0 and count == np.floor(count) and count < 2**63):
+            raise LedgerError(f"Expected a number of examples, found {count}, in client {client!r} of {where}.")
+    for name, column in part.metrics.items():
+        if metric_dtype(column) is None:
+            raise LedgerError(f"Expected numbers, found {np.asarray(column).dtype}, in metric {name!r} of {where}.")
+
+
+def metric_dtype(column: PerClient) -> np.dtype[np.generic] | None:
+    """The dtype of a metric's column in the table: bool, int64, uint64 or float64; None for what is no number."""
+    dtype = np.asarray(column).dtype
+    if dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        return np.dtype(np.float64)
+    return {"b": np.dtype(bool), "i": np.dtype(np.int64), "u": np.dtype(np.uint64), "f": np.dtype(np.float64)}.get(
+        dtype.kind
+    )
+
+
+def _check_clients(parts: Sequence[ClientPart], where: str) -> None:
+    seen: set[str] = set()
+    for client in (client for part in parts for client in part.ids):
+        if not isinstance(client, str) or not client:
+            raise LedgerError(f"Expected non-empty text as client id, found {client!r}, in {where}.")
+        check_text(client, where)
+        if client in seen:
+            raise LedgerError(f"Expected each client once, found {client!r} twice, in {where}.")
+        seen.add(client)
+    positions = np.concatenate([np.asarray(part.positions) for part in parts]) if parts else np.zeros(0, np.int64)
+    taken, counts = np.unique(positions, return_counts=True)
+    if np.any(counts > 1):
+        raise LedgerError(f"Expected one client at each position, found several at {taken[counts > 1][0]}, in {where}.")
+
+
+def _check_metric_names(parts: Sequence[ClientPart], where: str) -> None:
+    names = list(parts[0].metrics) if parts else []
+    folded: dict[str, str] = {"loss": "loss"}
+    for name in names:
+        check_text(name, where)
+        if name.casefold() in RESERVED or not name:
+            raise LedgerError(
+                f"Expected a metric name other than a ledger's own columns, found {name!r}, in {where}. Rename it."
+            )
+        if folded.setdefault(name.casefold(), name) != name:
+            raise LedgerError(f"Expected metrics that differ in more than case, found {name!r}, in {where}. Rename it.")
+    for number, part in enumerate(parts):
+        if set(part.metrics) != set(names):
+            raise LedgerError(
+                f"Expected metrics {sorted(names)}, as in part 0, found {sorted(part.metrics)}, "
+                f"in part {number} of {where}."
+            )
+        for name in names:
+            if metric_dtype(part.metrics[name]) != metric_dtype(parts[0].metrics[name]):
+                raise LedgerError(f"Expected one dtype in all parts, found several, in metric {name!r} of {where}.")

@@ -1,0 +1,213 @@
+"""A cohort meets a type: from what clients hold to columns, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import federated_language as fl
+import numpy as np
+
+from fedlens import trees
+from fedlens.errors import CohortError, StructureError
+from fedlens.language.sequence import MASK
+from fedlens.language.types import contains_sequence, describe, tensor_types, to_positional
+from fedlens.runtime.cohort import Cohort
+from fedlens.runtime.columns import Column, SequenceColumn, StructColumn, TensorColumn
+from fedlens.runtime.examples import Examples
+from fedlens.runtime.values import ClientValues
+
+
+def as_cohort(value: object, name: str) -> Cohort:
+    """The cohort that a clients-placed argument stands for.
+
+    Raises:
+      CohortError: the argument is neither a cohort, nor client values, nor a list.
+    """
+    if isinstance(value, Cohort):
+        return value
+    if isinstance(value, ClientValues):
+        return Cohort.from_client_values(value)
+    if isinstance(value, list | tuple):
+        return Cohort(value)
+    hint = " Wrap the mapping: fed.Cohort({...})." if isinstance(value, Mapping) else ""
+    raise CohortError(
+        f"Expected a fed.Cohort, client values or a list for the clients-placed argument {name}, found {describe(value)}.{hint}"
+    )
+
+
+def join(cohorts: Mapping[str, Cohort]) -> tuple[tuple[str, ...], int | None, dict[str, np.ndarray | None]]:
+    """Joins the cohorts of one call by client id.
+
+    Args:
+      cohorts: argument name -> cohort, at least one.
+
+    Returns:
+      The ids in the order of the first cohort; the smallest chunk size that any cohort asks for; and for each argument
+      the positions in its cohort of those ids, None when its order is the same.
+
+    Raises:
+      CohortError: two cohorts do not have the same clients.
+    """
+    (first_name, first), *others = cohorts.items()
+    order: dict[str, np.ndarray | None] = {first_name: None}
+    for name, cohort in others:
+        order[name] = None
+        if cohort.ids == first.ids:
+            continue
+        position = {client_id: place for place, client_id in enumerate(cohort.ids)}
+        missing = [client_id for client_id in first.ids if client_id not in position]
+        extra = set(cohort.ids) - set(first.ids)
+        if missing or extra:
+            where = (
+                f"client {missing[0]!r} only in {first_name}" if missing else f"client {min(extra)!r} only in {name}"
+            )
+            raise CohortError(
+                f"Expected the same clients in all cohorts of one call, found {where} "
+                f"({len(first)} clients in {first_name}, {len(cohort)} in {name})."
+            )
+        order[name] = np.array([position[client_id] for client_id in first.ids])
+    sizes = [cohort.chunk_size for cohort in cohorts.values() if cohort.chunk_size is not None]
+    return first.ids, min(sizes, default=None), order
+
+
+def column_of(cohort: Cohort, type_: fl.Type, order: np.ndarray | None = None) -> Column:
+    """Lays out what a cohort's clients hold as a column of type `type_`.
+
+    Args:
+      cohort: the cohort.
+      type_: the type of one client's value.
+      order: positions in the cohort to take the clients from; None in cohort order.
+
+    Raises:
+      CohortError: a client's value has another structure, shape or dtype; client and leaf are named.
+    """
+    source = cohort.source
+    if isinstance(source, Examples):
+        return _column_of_examples(cohort.ids, source, type_, order)
+    if isinstance(source, ClientValues):
+        return _column_of_values(source, type_, order)
+    positions = range(len(cohort)) if order is None else order
+    ids = [cohort.ids[position] for position in positions]
+    return _column_of_list(ids, [source[position] for position in positions], type_, "")
+
+
+def _column_of_list(ids: Sequence[str], values: Sequence[Any], type_: fl.Type, path: str) -> Column:
+    if not contains_sequence(type_):
+        rows = [_checked(client_id, value, type_, path) for client_id, value in zip(ids, values, strict=True)]
+        leaves = zip(*(_leaves(row) for row in rows), strict=True)
+        return TensorColumn(
+            type_, tuple(np.stack([np.asarray(leaf) for leaf in leaf_rows]) for leaf_rows in leaves), len(ids)
+        )
+    if isinstance(type_, fl.SequenceType):
+        return _column_of_batches(ids, values, type_, path)
+    fields = []
+    for position, (name, field_type) in enumerate(type_.items()):
+        step = str(position) if name is None else name
+        parts = [
+            _field(client_id, value, position, step, type_, path) for client_id, value in zip(ids, values, strict=True)
+        ]
+        fields.append(_column_of_list(ids, parts, field_type, f"{path}/{step}".lstrip("/")))
+    return StructColumn(tuple(fields))
+
+
+def _field(client_id: str, value: Any, position: int, step: str, type_: fl.StructType, path: str) -> Any:
+    fields = trees.fields_of(value)
+    if fields is None or len(fields) != len(type_):
+        raise CohortError(f"Expected {type_}{_where(client_id, path)}, found {describe(value)}.")
+    by_name = dict((name, child) for name, child in fields if name is not None)
+    if by_name and step not in by_name:
+        raise CohortError(f"Expected a field {step!r}{_where(client_id, path)}, found {describe(value)}.")
+    return by_name[step] if by_name else fields[position][1]
+
+
+def _column_of_batches(ids: Sequence[str], values: Sequence[Any], type_: fl.SequenceType, path: str) -> SequenceColumn:
+    rows: list[list[Any]] = []
+    lengths = []
+    for client_id, batches in zip(ids, values, strict=True):
+        if isinstance(batches, Mapping | str | bytes) or not isinstance(batches, Iterable):
+            raise CohortError(
+                f"Expected a list of batches of type {type_.element}{_where(client_id, path)}, found {describe(batches)}."
+            )
+        before = len(rows)
+        for number, batch in enumerate(batches):
+            rows.append(_leaves(_checked(client_id, batch, type_.element, f"{path}/batch {number}".lstrip("/"))))
+        lengths.append(len(rows) - before)
+    tensors = tensor_types(type_.element)
+    leaves = (
+        tuple(np.stack([np.asarray(leaf) for leaf in leaf_rows]) for leaf_rows in zip(*rows, strict=True))
+        if rows
+        else tuple(np.zeros((0, *tensor.shape), tensor.dtype) for tensor in tensors)
+    )
+    sizes = np.array(lengths, np.int64)
+    return SequenceColumn(type_.element, leaves, np.cumsum(sizes) - sizes, sizes, rows_per_batch=None, masked=False)
+
+
+def _column_of_examples(
+    ids: Sequence[str], examples: Examples, type_: fl.Type, order: np.ndarray | None
+) -> SequenceColumn:
+    if not isinstance(type_, fl.SequenceType) or not isinstance(type_.element, fl.StructType):
+        raise CohortError(
+            f"Expected a cohort of values of type {type_}, found examples of a data set: they come as sequences of batches."
+        )
+    fields = list(type_.element.items())
+    names = [name for name, _ in fields]
+    masked = bool(names) and names[-1] == MASK and MASK not in examples.columns
+    if masked:
+        fields = fields[:-1]
+    sizes = {
+        tensor.shape[0] if isinstance(tensor, fl.TensorType) and tensor.shape else None
+        for _, tensor in type_.element.items()
+    }
+    size = sizes.pop() if len(sizes) == 1 else None
+    if size is None:
+        raise CohortError(f"Expected batches whose fields all have one known leading dimension, found {type_.element}.")
+    leaves = []
+    for name, tensor in fields:
+        column = examples.columns.get(name) if name is not None else None
+        if column is None:
+            raise CohortError(
+                f"Expected a data set with the fields {', '.join(map(str, names))}, found {', '.join(examples.columns)}."
+            )
+        if column.dtype != tensor.dtype or column.shape[1:] != tuple(tensor.shape[1:]):
+            expected, found = (
+                fl.TensorType(dtype, shape[1:])
+                for dtype, shape in ((tensor.dtype, tensor.shape), (column.dtype, column.shape))
+            )
+            raise CohortError(f"Expected examples with {expected} in field {name!r}, found {found}.")
+        leaves.append(column)
+    starts, lengths = (
+        (examples.starts, examples.lengths) if order is None else (examples.starts[order], examples.lengths[order])
+    )
+    if not masked and np.any(lengths % size):
+        position = int(np.argmax(lengths % size != 0))
+        client_id = ids[position if order is None else int(order[position])]
+        raise CohortError(
+            f"Expected a multiple of {size} examples, because batches of type {type_.element} have no mask, "
+            f"found {lengths[position]} in client {client_id!r}. Use fed.batch_type(element_type, {size}), which adds a mask."
+        )
+    return SequenceColumn(type_.element, tuple(leaves), starts, lengths, rows_per_batch=size, masked=masked)
+
+
+def _column_of_values(values: ClientValues, type_: fl.Type, order: np.ndarray | None) -> TensorColumn:
+    if not type_.is_assignable_from(values.type):
+        raise CohortError(f"Expected client values of type {type_}, found {values.type}.")
+    leaves = tuple(leaf if order is None else leaf[order] for leaf in values.stacked_leaves())
+    return TensorColumn(type_, leaves, len(values))
+
+
+def _checked(client_id: str, value: Any, type_: fl.Type, path: str) -> Any:
+    try:
+        return to_positional(value, type_, path)
+    except StructureError as error:
+        raise CohortError(f"{str(error).rstrip('.')}, in client {client_id!r}.") from error
+
+
+def _leaves(positional: Any) -> list[Any]:
+    if isinstance(positional, tuple):
+        return [leaf for field in positional for leaf in _leaves(field)]
+    return [positional]
+
+
+def _where(client_id: str, path: str) -> str:
+    return f" at {path!r} in client {client_id!r}" if path else f" in client {client_id!r}"

@@ -1,0 +1,311 @@
+"""The context: where the call of a computation becomes a run of its plan.
+
+`federated_language` leaves the execution of a computation to the context at the top of a thread-local stack. fedlens's own
+context is what runs when no other was set, in every thread; `use` puts another engine in place for a while.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import federated_language as fl
+import jax
+import numpy as np
+from federated_language import framework
+
+from fedlens import trees
+from fedlens.compiler import ClientStage, Input, Plan, ServerStage, plan
+from fedlens.errors import CohortError, ConfigError, StructureError, UnsupportedError
+from fedlens.language.types import argument_fields, describe, from_positional, to_positional
+from fedlens.runtime.arguments import as_cohort, column_of, join
+from fedlens.runtime.columns import Column, TensorColumn
+from fedlens.runtime.debug import Debug
+from fedlens.runtime.engine import Engine, OnNonFinite, StageCohort
+from fedlens.runtime.interpreter import eager, evaluate
+from fedlens.runtime.local import Local
+from fedlens.runtime.values import ClientValues, Part
+
+ENGINES: dict[str, Callable[[], Engine]] = {"debug": Debug, "local": Local}
+
+# Takes the clients-placed parts of a result chunk by chunk: path in the result -> the values of the chunk's clients.
+ResultSink = Callable[[Mapping[str, ClientValues]], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+      value: the result, in the containers of its type; None in place of what went to a sink.
+      dropped: the clients that were left out of a reduction because their values were not finite.
+    """
+
+    value: Any
+    dropped: tuple[str, ...]
+
+
+class Context(framework.SyncContext):
+    """Runs computations on one engine."""
+
+    def __init__(self, engine: Engine):
+        """Takes the engine that executes the stages."""
+        self.engine = engine
+
+    def invoke(self, comp: framework.ConcreteComputation, arg: Any) -> Any:
+        """Runs `comp` on `arg`; called by the language when a computation is called."""
+        return self.run(comp, arg).value
+
+    def run(
+        self,
+        computation: framework.ConcreteComputation,
+        argument: Any,
+        *,
+        on_nonfinite: OnNonFinite = "ignore",
+        sink: ResultSink | None = None,
+    ) -> Outcome:
+        """Runs a computation.
+
+        Args:
+          computation: what to run.
+          argument: its argument, as the language hands it over: raw if there is one, a struct of several, or None.
+          on_nonfinite: what to do with a client that sends infinities or NaNs into a reduction.
+          sink: takes the clients-placed parts of the result, chunk by chunk, instead of holding them in memory.
+
+        Raises:
+          CohortError: the cohorts of the call do not fit together, or a client's value is not of its type.
+          StructureError: a server value is not of its type.
+          NonFiniteError: see `on_nonfinite`.
+          UnsupportedError: the computation needs something that fedlens does not execute.
+        """
+        return _Run(self.engine, _plan_of(computation), computation.type_signature, on_nonfinite, sink)(argument)
+
+
+class _Run:
+    """One run of a plan: what is known so far under the names of its inputs and steps."""
+
+    def __init__(
+        self, engine: Engine, of: Plan, type_: fl.FunctionType, on_nonfinite: OnNonFinite, sink: ResultSink | None
+    ):
+        self._engine = engine
+        self._plan = of
+        self._result_type = type_.result
+        self._on_nonfinite = on_nonfinite
+        self._sink = sink
+        self._ids: tuple[str, ...] = ()
+        self._chunk_size: int | None = None
+        self._server: dict[str, Any] = {}
+        self._columns: dict[str, Column] = {}
+        self._outputs: dict[str, ClientValues] = {}
+        self._dropped: set[int] = set()
+
+    def __call__(self, argument: Any) -> Outcome:
+        self._bind(argument)
+        for number, stage in enumerate(self._plan.stages):
+            if isinstance(stage, ServerStage):
+                self._server |= self._engine.run_server(stage, self._server)
+            else:
+                self._run_clients(stage, self._plan.stages[number + 1 :])
+        value = self._result(self._plan.result, self._result_type)
+        return Outcome(value, tuple(self._ids[position] for position in sorted(self._dropped)))
+
+    def _bind(self, argument: Any) -> None:
+        cohorts = {}
+        for each in self._plan.inputs:
+            value = _part(argument, each)
+            if each.at_clients:
+                cohorts[each.name] = as_cohort(value, each.name)
+            else:
+                member = each.type.member if isinstance(each.type, fl.FederatedType) else each.type
+                try:
+                    self._server[each.name] = to_positional(value, member)
+                except StructureError as error:
+                    raise StructureError(f"{str(error).rstrip('.')}, in the argument {each.name}.") from error
+        if cohorts:
+            self._ids, self._chunk_size, order = join(cohorts)
+            types = {each.name: each.type.member for each in self._plan.inputs if each.at_clients}
+            self._columns = {name: column_of(cohort, types[name], order[name]) for name, cohort in cohorts.items()}
+
+    def _run_clients(self, stage: ClientStage, later: tuple[ServerStage | ClientStage, ...]) -> None:
+        if not self._ids:
+            raise CohortError(
+                "Expected a clients-placed argument, which says who takes part, found a computation without one."
+            )
+        needed_later = {name for other in later if isinstance(other, ClientStage) for name in other.columns}
+        streamed = self._sink is not None and not needed_later.intersection(stage.outputs)
+        types = dict(zip(stage.outputs, stage.output_types, strict=True))
+        paths = {name: path for path, name, _ in _client_results(self._plan.result, self._result_type)}
+        done = 0
+
+        def forward(parts: Mapping[str, list[Part]]) -> None:
+            nonlocal done
+            count = sum(len(part.positions) for part in next(iter(parts.values()), []))
+            ids, start = self._ids[done : done + count], done
+            done += count
+            if self._sink is not None and paths:
+                self._sink(
+                    {
+                        paths[name]: ClientValues(
+                            ids, types[name], [Part(part.positions - start, part.leaves) for part in of_name]
+                        )
+                        for name, of_name in parts.items()
+                        if name in paths
+                    }
+                )
+
+        result = self._engine.run_clients(
+            stage,
+            {name: self._server[name] for name in stage.shared},
+            StageCohort(self._ids, {name: self._columns[name] for name in stage.columns}, self._chunk_size),
+            forward if streamed else None,
+            self._on_nonfinite,
+        )
+        self._dropped.update(int(position) for position in result.dropped)
+        self._server |= result.reductions
+        for name, parts in result.outputs.items():
+            values = self._outputs[name] = ClientValues(self._ids, types[name], parts)
+            if name in needed_later:
+                self._columns[name] = TensorColumn(types[name], tuple(values.stacked_leaves()), len(self._ids))
+        if self._sink is not None and not streamed:
+            forward(result.outputs)
+
+    def _result(self, block: Any, type_: fl.Type) -> Any:
+        if isinstance(type_, fl.FederatedType):
+            name = block.name
+            if self._plan.placements[name] == "clients":
+                return self._client_values(name, type_.member)
+            return from_positional(_handed_out(self._server[name]), type_.member)
+        if isinstance(type_, fl.StructType) and isinstance(block, framework.Struct):
+            fields = zip(type_.items(), block.items(), strict=True)
+            return trees.build(
+                type_.python_container, [(name, self._result(child, field)) for (name, field), (_, child) in fields]
+            )
+        if isinstance(type_, fl.FunctionType):
+            raise UnsupportedError(f"Expected a result that is a value, found a function of type {type_}.")
+        return from_positional(_handed_out(evaluate(block, self._server, eager)), type_)
+
+    def _client_values(self, name: str, member: fl.Type) -> ClientValues | None:
+        if name in self._outputs:
+            values = self._outputs[name]
+            return ClientValues(values.ids, member, values.parts) if self._sink is None else None
+        if name not in self._columns:  # its stage streamed it
+            return None
+        column = self._columns[name]
+        if not isinstance(column, TensorColumn):
+            raise UnsupportedError(
+                "Expected a result made of tensors, found sequences: clients' data is not handed back."
+            )
+        return ClientValues(self._ids, member, [Part(np.arange(len(self._ids)), column.leaves)])
+
+
+def _client_results(block: Any, type_: fl.Type, path: str = "") -> Iterator[tuple[str, str, fl.Type]]:
+    """The clients-placed parts of a result: path, name of the step, member type."""
+    if isinstance(type_, fl.FederatedType):
+        if type_.placement is fl.CLIENTS and not type_.all_equal:
+            yield path, block.name, type_.member
+    elif isinstance(type_, fl.StructType) and isinstance(block, framework.Struct):
+        for position, ((name, field), (_, child)) in enumerate(zip(type_.items(), block.items(), strict=True)):
+            yield from _client_results(child, field, f"{path}/{position if name is None else name}".lstrip("/"))
+
+
+def _part(argument: Any, each: Input) -> Any:
+    """The part of an argument at an input's path."""
+    value = argument
+    for index in each.path:
+        fields = argument_fields(value)
+        if fields is None or index >= len(fields):
+            raise StructureError(
+                f"Expected an argument with a part {each.name} of type {each.type}, found {describe(argument)}."
+            )
+        value = fields[index][1]
+    return value
+
+
+def _handed_out(value: Any) -> Any:
+    """Results as ordinary arrays: on one device, and in NumPy where JAX outside of 64-bit mode would narrow them."""
+    if isinstance(value, tuple):
+        return tuple(_handed_out(field) for field in value)
+    if not isinstance(value, jax.Array):
+        return value
+    if value.dtype.itemsize > (8 if value.dtype.kind == "c" else 4):
+        return np.asarray(value)
+    return value.addressable_data(0) if len(value.sharding.device_set) > 1 else value
+
+
+_plans: dict[int, Plan] = {}
+
+
+def _plan_of(computation: framework.ConcreteComputation) -> Plan:
+    """The plan of a computation, made once for each object (a computation's own hash serialises it)."""
+    key = id(computation)
+    if key not in _plans:
+        _plans[key] = plan(computation)
+        weakref.finalize(computation, _plans.pop, key, None)
+    return _plans[key]
+
+
+_lock = threading.Lock()
+
+
+@cache
+def _default_context() -> Context:
+    return Context(Local())
+
+
+def current_context() -> Context:
+    """The context that runs computations in this thread: the one set with `use`, or fedlens's default.
+
+    Raises:
+      UnsupportedError: another package's context is in place.
+    """
+    context = framework.get_context_stack().current
+    if isinstance(context, Context):
+        return context
+    if isinstance(context, framework.RuntimeErrorContext):
+        with _lock:
+            return _default_context()
+    raise UnsupportedError(
+        f"Expected a context of fedlens, found {type(context).__name__}. Wrap the call in fed.use('local')."
+    )
+
+
+@contextmanager
+def use(engine: str | Engine) -> Iterator[Context]:
+    """Runs the computations that are called inside on another engine, in this thread.
+
+    Example:
+      >>> with fed.use("debug"):
+      ...     result = computation(cohort)  # prints and breakpoints in client code see values
+
+    Args:
+      engine: "local", "debug", or an engine.
+
+    Raises:
+      ConfigError: there is no engine of that name.
+    """
+    if isinstance(engine, str):
+        if engine not in ENGINES:
+            raise ConfigError(f"Expected one of the engines {', '.join(ENGINES)}, found {engine!r}.")
+        engine = ENGINES[engine]()
+    context = Context(engine)
+    with framework.get_context_stack().install(context):
+        yield context
+
+
+def become_default() -> None:
+    """Makes fedlens's context the one that runs where no other was set.
+
+    The language's context stack is thread-local, so setting a default would serve one thread only. All threads start with
+    one and the same context object that refuses to run anything; that object is taught to run things.
+    """
+    found: list[Any] = []
+    fresh = threading.Thread(target=lambda: found.append(framework.get_context_stack().current))
+    fresh.start()
+    fresh.join()
+    if isinstance(found[0], framework.RuntimeErrorContext):
+        found[0].invoke = lambda comp, arg: current_context().invoke(comp, arg)

@@ -1,0 +1,94 @@
+"""Reductions as accumulators: zero, accumulate one client, merge two partial results, finish.
+
+A client stage reduces in the pass that computes: each device folds its clients into an accumulator, and partial results
+are merged in the order of devices and chunks. 16-bit floats accumulate in float32. Weights accumulate in float64,
+whatever their type: a sum of int32 would overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import federated_language as fl
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedlens.compiler import Step
+from fedlens.language.types import leaf_paths, tensor_types
+from fedlens.runtime.columns import nest
+
+Accumulator = dict[str, list[jax.Array]]  # step name -> its parts
+
+
+def zeros(step: Step) -> list[jax.Array]:
+    """The accumulator of no client: the sums of the leaves, and the total weight of a mean."""
+    sums = [jnp.zeros(tensor.shape, accumulation_dtype(tensor.dtype)) for tensor in tensor_types(step.type)]
+    return sums if step.operation == "federated_sum" else [*sums, jnp.zeros((), jnp.float64)]
+
+
+def accumulate(step: Step, accumulator: Sequence[jax.Array], operand: Any) -> list[jax.Array]:
+    """Adds one client's operand: a value, or a value and its weight."""
+    if step.operation == "federated_sum":
+        return [total + leaf.astype(total.dtype) for total, leaf in zip(accumulator, leaves(operand), strict=True)]
+    *totals, total_weight = accumulator
+    value, weight = operand if step.operation == "federated_weighted_mean" else (operand, None)
+    if weight is None:
+        sums = [total + leaf.astype(total.dtype) for total, leaf in zip(totals, leaves(value), strict=True)]
+        return [*sums, total_weight + 1.0]
+    weighted = [
+        total + leaf.astype(total.dtype) * weight.astype(total.dtype)
+        for total, leaf in zip(totals, leaves(value), strict=True)
+    ]
+    return [*weighted, total_weight + weight.astype(jnp.float64)]
+
+
+def merge(first: Any, second: Any) -> Any:
+    """Merges two accumulators of the same step; `first` is of earlier clients."""
+    return jax.tree.map(jnp.add, first, second)
+
+
+def finish(step: Step, accumulator: Sequence[jax.Array]) -> Any:
+    """The positional result in its declared dtypes. A weighted mean of total weight zero is NaN, as in the language."""
+    tensors = tensor_types(step.type)
+    if step.operation == "federated_sum":
+        sums = accumulator
+    else:
+        *totals, weight = accumulator
+        sums = [total / weight.astype(total.real.dtype) for total in totals]
+    return nest(member(step), [total.astype(tensor.dtype) for total, tensor in zip(sums, tensors, strict=True)])
+
+
+def accumulation_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """float32 for 16-bit floats, the dtype itself otherwise."""
+    return np.dtype(np.float32) if dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+def member(step: Step) -> fl.Type:
+    """The type of the value that a step makes, without its placement."""
+    return step.type.member if isinstance(step.type, fl.FederatedType) else step.type
+
+
+def leaves(value: Any) -> list[jax.Array]:
+    """The leaves of a positional value."""
+    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(value)]
+
+
+def checked_leaves(steps: Sequence[Step]) -> list[str]:
+    """The names of the floating-point leaves that enter reductions, in the order of `finite`'s flags."""
+    return [
+        path or "value"
+        for step in steps
+        for path, tensor in zip(leaf_paths(step.type), tensor_types(step.type), strict=True)
+        if jnp.issubdtype(tensor.dtype, jnp.inexact)
+    ]
+
+
+def finite(steps: Sequence[Step], operands: Sequence[Any]) -> jax.Array:
+    """For each leaf of `checked_leaves` whether one client's operand is finite throughout: bool[leaves]."""
+    flags = []
+    for step, operand in zip(steps, operands, strict=True):
+        value = operand[0] if step.operation == "federated_weighted_mean" else operand
+        flags += [jnp.isfinite(leaf).all() for leaf in leaves(value) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack(flags) if flags else jnp.ones((0,), jnp.bool_)

@@ -1,0 +1,237 @@
+"""A whole run: the loop over rounds with capture, checkpoints, progress and resume.
+
+`run` is the loop that everybody would otherwise write around `process.next`. With a ledger, every client's local model of
+every round is written while the next round computes, and an interrupted run continues with `resume` from its last
+committed round, to the same bits that an uninterrupted one gives.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedlens import trees
+from fedlens.data import FederatedData
+from fedlens.errors import ConfigError, LedgerError
+from fedlens.language.types import leaf_paths
+from fedlens.learning import LearningProcess, LocalModels, ServerState, build_fed_eval
+from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord
+from fedlens.report.progress import ProgressDisplay, RoundReport
+
+_STUDY = "study"  # where in a ledger's config the arguments of `run` stand
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run leaves in memory.
+
+    Attributes:
+      state: the server's state after the last round; `state.weights` is the global model.
+      history: the metrics of each round, those of the rounds before a resume included.
+      ledger: what was captured; None without a ledger.
+    """
+
+    state: ServerState
+    history: list[dict[str, float]]
+    ledger: Ledger | None
+
+
+def run(
+    process: LearningProcess,
+    data: FederatedData,
+    *,
+    rounds: int,
+    ledger: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    clients_per_round: int | None = None,
+    test: FederatedData | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    on_round: Callable[[RoundReport], None] | None = None,
+) -> Run:
+    """Runs a learning process for some rounds.
+
+    Example:
+      >>> train, test = fed.data.digits().split(0.2)
+      >>> finished = fed.run(process, train, rounds=20, test=test, ledger="runs/digits")
+      >>> finished.ledger.round(12)["form-03"].weights
+
+    Args:
+      process: the algorithm; whether it hands out local models does not matter here.
+      data: the clients' data.
+      rounds: how many rounds, at least 1.
+      ledger: a new folder that takes every client's local model of every round; None captures nothing.
+      seed: everything random follows from it: initial weights, who takes part, shuffling, dropout.
+      clients_per_round: how many clients to draw for each round; None takes all.
+      test: held-out data on which the global model is evaluated after every round (`test_loss`, ...).
+      config: what else to keep in the ledger about the run, as JSON has it.
+      progress: whether to show progress, on standard error.
+      on_round: called after every round.
+
+    Returns:
+      The last state, the metrics by round, and the ledger.
+
+    Raises:
+      ConfigError: `rounds` is below 1.
+      LedgerError: the ledger exists already, or cannot be written.
+    """
+    if rounds < 1:
+        raise ConfigError(f"Expected at least 1 round, found {rounds}.")
+    plan = _Plan(rounds, seed, clients_per_round)
+    state = process.initialize(seed)
+    if ledger is None:
+        return _Study(process, data, plan, test, None, progress, on_round).go(state, [])
+    kept = {_STUDY: plan.as_config(), **(config or {})}
+    weights = trees.map(np.asarray, state.weights)
+    with LedgerWriter.create(ledger, weights=weights, config=kept, rounds=rounds) as writer:
+        finished = _Study(process, data, plan, test, writer, progress, on_round).go(state, [])
+    return Run(finished.state, finished.history, Ledger(ledger))
+
+
+def resume(
+    process: LearningProcess,
+    data: FederatedData,
+    *,
+    ledger: str | os.PathLike[str],
+    test: FederatedData | None = None,
+    progress: bool = True,
+    on_round: Callable[[RoundReport], None] | None = None,
+) -> Run:
+    """Continues an interrupted run from the last round that its ledger committed.
+
+    Rounds, seed and clients per round come from the ledger. With the process, data and test data that the run was started
+    with, the results are those of a run that was not interrupted, bit for bit.
+
+    Args:
+      process: the algorithm of the run.
+      data: its data.
+      ledger: its ledger; a finished one is returned as it is.
+      test: its held-out data.
+      progress: whether to show progress, on standard error.
+      on_round: called after every round.
+
+    Raises:
+      LedgerError: the ledger cannot be read or written, was not made by `run`, or holds the state of another process.
+    """
+    with LedgerWriter.open(ledger) as writer:
+        so_far = Ledger(ledger)
+        plan = _Plan.from_config(so_far.config, ledger)
+        state = process.initialize(plan.seed)
+        history = [{name: value for name, value in row.items() if name != "round"} for row in so_far.metrics()]
+        if writer.last_round is not None:
+            state = _restored(state, writer.checkpoint(), ledger)
+        finished = _Study(process, data, plan, test, writer, progress, on_round).go(state, history)
+    return Run(finished.state, finished.history, Ledger(ledger))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The arguments of `run` that resuming needs."""
+
+    rounds: int
+    seed: int
+    clients_per_round: int | None
+
+    def as_config(self) -> dict[str, int | None]:
+        return {"rounds": self.rounds, "seed": self.seed, "clients_per_round": self.clients_per_round}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], ledger: str | os.PathLike[str]) -> _Plan:
+        found = config.get(_STUDY)
+        try:
+            rounds, seed, clients = found["rounds"], found["seed"], found["clients_per_round"]  # type: ignore[index]
+        except (KeyError, TypeError):
+            raise LedgerError(
+                f"Expected a ledger that fed.run started, found one without {_STUDY!r} in its config, in {os.fspath(ledger)}."
+            ) from None
+        return cls(int(rounds), int(seed), None if clients is None else int(clients))
+
+
+class _Study:
+    """The loop over rounds."""
+
+    def __init__(
+        self,
+        process: LearningProcess,
+        data: FederatedData,
+        plan: _Plan,
+        test: FederatedData | None,
+        writer: LedgerWriter | None,
+        progress: bool,
+        on_round: Callable[[RoundReport], None] | None,
+    ):
+        self._process = process.with_local_models() if writer is not None else process
+        self._data = data
+        self._plan = plan
+        self._evaluate = None if test is None else build_fed_eval(process.model)
+        self._test = None if test is None else test.cohort(0)
+        self._writer = writer
+        self._progress = progress
+        self._on_round = on_round
+
+    def go(self, state: ServerState, history: list[dict[str, float]]) -> Run:
+        """Runs the rounds that `history` does not have yet."""
+        with ProgressDisplay(self._plan.rounds, len(history), enabled=self._progress) as display:
+            for number in range(len(history), self._plan.rounds):
+                started = time.perf_counter()
+                cohort = self._data.cohort(number, clients_per_round=self._plan.clients_per_round, seed=self._plan.seed)
+                before = state
+                state, metrics, *local = self._process.next(state, cohort)
+                if self._evaluate is not None:
+                    measured = self._evaluate(state.weights, self._test).metrics
+                    metrics |= {f"test_{name}": value for name, value in measured.items() if name != "num_examples"}
+                if self._writer is not None:
+                    self._writer.record(_record(number, before, state, metrics, local[0]))
+                history.append(metrics)
+                report = RoundReport(number, self._plan.rounds, len(cohort), time.perf_counter() - started, metrics)
+                display.round_done(report)
+                if self._on_round is not None:
+                    self._on_round(report)
+        return Run(state, history, None)
+
+
+def _record(
+    number: int, before: ServerState, after: ServerState, metrics: dict[str, float], local_models: LocalModels
+) -> RoundRecord:
+    """A round as the ledger takes it: the arrays as they were computed, without a copy."""
+    values = local_models.values
+    place = {path: position for position, path in enumerate(leaf_paths(values.type))}
+    weights = [position for path, position in place.items() if path.split("/")[0] == "weights"]
+    measured = {
+        path.removeprefix("metrics/"): position for path, position in place.items() if path.startswith("metrics/")
+    }
+    parts = [
+        ClientPart(
+            ids=tuple(values.ids[position] for position in part.positions),
+            positions=part.positions,
+            weights=[part.leaves[position] for position in weights],
+            num_examples=part.leaves[place["num_examples"]],
+            metrics={name: part.leaves[position] for name, position in sorted(measured.items())},
+        )
+        for part in values.parts
+    ]
+    global_weights = [np.asarray(leaf) for leaf in trees.leaves(before.weights)]
+    checkpoint = {path: np.asarray(leaf) for path, leaf in trees.items(after)}
+    return RoundRecord(number, global_weights, parts, metrics, checkpoint)
+
+
+def _restored(
+    template: ServerState, checkpoint: Mapping[str, np.ndarray], ledger: str | os.PathLike[str]
+) -> ServerState:
+    """The state of a checkpoint, in the containers of `template`."""
+    expected = {path: (np.shape(leaf), np.asarray(leaf).dtype) for path, leaf in trees.items(template)}
+    found = {path: (leaf.shape, leaf.dtype) for path, leaf in checkpoint.items()}
+    if expected != found:
+        wrong = next(path for path in sorted(expected.keys() | found.keys()) if expected.get(path) != found.get(path))
+        raise LedgerError(
+            f"Expected the state of the process that the run was started with, found another leaf {wrong!r}: "
+            f"{found.get(wrong, 'none')} instead of {expected.get(wrong, 'none')}, in {os.fspath(ledger)}."
+        )
+    paths = iter([path for path, _ in trees.items(template)])
+    restored: ServerState = trees.map(lambda _: checkpoint[next(paths)], template)
+    return restored
