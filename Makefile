@@ -1,0 +1,59 @@
+# make demo    creates .venv, installs fedlens, trains on digits and keeps every client's local model
+# make test    creates .venv, installs the development tools, runs every test
+# make check   linters and types
+# make bench   fedlens against the hand-written reference
+# make clean   removes .venv and caches
+# PYTHON=...   names the interpreter; without it the newest of 3.13, 3.12, 3.11 is taken
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEVELOPMENT := $(VENV)/.development
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(VENV)/bin/python:
+	@python="$(PYTHON)"; \
+	if [ -n "$$python" ]; then \
+		echo "Using $$("$$python" --version 2>&1) ($$python)" >&2; \
+	else \
+		python=$$(tools/find-python) || exit 1; \
+	fi; \
+	"$$python" -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+
+$(INSTALLED): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing fedlens into $(VENV); the first time takes a minute or two"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(DEVELOPMENT): pyproject.toml | $(VENV)/bin/python
+	@echo "Installing fedlens and its development tools into $(VENV); the first time takes a minute or two"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[shakespeare]" --group dev
+	@touch $@ $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/fedlens run digits
+
+test: $(DEVELOPMENT)
+	$(BIN)/python -m pytest
+
+check: $(DEVELOPMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	@mkdir -p benchmarks/results
+	@for workload in W1 W2 W4; do \
+		for script in run reference; do \
+			$(BIN)/python benchmarks/$$script.py --workload $$workload | tee benchmarks/results/$$script-$$workload.json || exit 1; \
+		done; \
+	done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
