@@ -13,7 +13,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULES = {  # module -> the names that it gives to this one; a name of None is the module itself
+_MODULES = {  # module -> the names that it gives to this one
     "fedlens.errors": (
         "CohortError",
         "ConfigError",
@@ -35,6 +35,7 @@ _MODULES = {  # module -> the names that it gives to this one; a name of None is
 _SUBMODULES = {
     "compiler": "fedlens.compiler",
     "data": "fedlens.data",
+    "errors": "fedlens.errors",
     "learning": "fedlens.learning",
     "ledger": "fedlens.ledger",
     "losses": "fedlens.learning.losses",
@@ -42,9 +43,10 @@ _SUBMODULES = {
     "models": "fedlens.learning.models",
     "report": "fedlens.report",
     "runtime": "fedlens.runtime",
+    "trees": "fedlens.trees",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
-_WITHOUT_JAX = {"fedlens.errors", "fedlens.ledger"}
+_WITHOUT_JAX = {"fedlens.data", "fedlens.errors", "fedlens.ledger", "fedlens.report", "fedlens.trees"}
 
 
 def __getattr__(name: str) -> Any:

@@ -159,7 +159,7 @@ def test_flipped_bytes_anywhere_give_our_error_or_nothing(ledger_path):
     for name in ("rounds/000000.parquet", "rounds/000000.safetensors", "run.json"):
         file = ledger_path / name
         whole = file.read_bytes()
-        for place in rng.choice(len(whole), 120, replace=False):
+        for place in rng.choice(len(whole), 60, replace=False):
             data = bytearray(whole)
             data[place] ^= 1 << rng.integers(8)
             file.write_bytes(data)

@@ -60,7 +60,7 @@ Types may be given, or are inferred when the computation is called or mapped:
 
   >>> @fed.jax_computation
   ... def to_unit_norm(weights):
-  ...     norm = optax.global_norm(weights)
+  ...     norm = optax.tree.norm(weights)
   ...     return jax.tree.map(lambda leaf: leaf / norm, weights)
 
   >>> @fed.jax_computation(fed.TensorType(np.float32, (3,)), np.float32)

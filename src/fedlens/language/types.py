@@ -88,28 +88,47 @@ def to_positional(value: Any, type_: fl.Type, path: str = "") -> Any:
       StructureError: structure, shape or dtype differ; nothing is cast, Python scalars excepted.
     """
     if isinstance(type_, fl.StructType):
-        fields = argument_fields(value)
-        expected = list(type_.items())
-        if fields is None:
-            raise StructureError(f"Expected a container {type_}{_at(path)}, found {describe(value)}.")
-        if len(fields) != len(expected):
-            raise StructureError(
-                f"Expected {_field_names(expected)}{_at(path)}, found {_field_names(fields)}: "
-                f"{len(expected)} fields against {len(fields)}."
+        return tuple(
+            to_positional(child, field_type, f"{path}/{position if name is None else name}".lstrip("/"))
+            for position, ((name, field_type), child) in enumerate(
+                zip(type_.items(), matched_fields(value, type_, path), strict=True)
             )
-        by_name = {name: child for name, child in fields if name is not None}
-        positional = []
-        for position, ((name, field_type), (found_name, child)) in enumerate(zip(expected, fields, strict=True)):
-            step = f"{path}/{position if name is None else name}".lstrip("/")
-            if name is not None and found_name is not None and name != found_name:
-                if name not in by_name:
-                    raise StructureError(f"Expected a field {name!r}{_at(path)}, found {_field_names(fields)}.")
-                child = by_name[name]
-            positional.append(to_positional(child, field_type, step))
-        return tuple(positional)
+        )
     if isinstance(type_, fl.TensorType):
         return _to_array(value, type_, path)
     raise StructureError(f"Expected a tensor or a struct of tensors{_at(path)}, found the type {type_}.")
+
+
+def matched_fields(value: Any, type_: fl.StructType, path: str = "") -> list[Any]:
+    """What a container holds for each field of a struct type, found by name where both have names.
+
+    Args:
+      value: what the user passed.
+      type_: the struct type.
+      path: where `value` stands in a larger value, for errors.
+
+    Raises:
+      StructureError: `value` is no container, or its fields are not those of the type.
+    """
+    fields = argument_fields(value)
+    expected = list(type_.items())
+    if fields is None:
+        raise StructureError(f"Expected a container {type_}{_at(path)}, found {describe(value)}.")
+    if len(fields) != len(expected):
+        raise StructureError(
+            f"Expected {_field_names(expected)}{_at(path)}, found {_field_names(fields)}: "
+            f"{len(expected)} fields against {len(fields)}."
+        )
+    by_name = {name: child for name, child in fields if name is not None}
+    matched = []
+    for (name, _), (found_name, child) in zip(expected, fields, strict=True):
+        if name is None or found_name is None:
+            matched.append(child)
+        elif name in by_name:
+            matched.append(by_name[name])
+        else:
+            raise StructureError(f"Expected a field {name!r}{_at(path)}, found {_field_names(fields)}.")
+    return matched
 
 
 def from_positional(value: Any, type_: fl.Type) -> Any:

@@ -42,7 +42,7 @@ def clip_by_norm(max_norm: float, inner: Aggregator = weighted_mean) -> Aggregat
         raise StructureError(f"Expected a norm above 0 to clip to, found {max_norm}.")
 
     def clip(update: Any) -> Any:
-        norm = optax.global_norm(update)
+        norm = optax.tree.norm(update)
         return jax.tree.map(lambda leaf: leaf * jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30)), update)
 
     return lambda update, weight: inner(federated_map(clip, update), weight)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlens import trees
+from fedlens import trees  # `from fedlens import` asks the lazy package first, which loads JAX to look
 from fedlens.errors import FedlensError, LedgerError
 from fedlens.ledger.folder import RUN
 from fedlens.ledger.tensorfile import dtype_of

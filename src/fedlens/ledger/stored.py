@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fedlens import trees
+from fedlens import trees  # not `from fedlens import`: see format.py
 from fedlens.errors import LedgerError
 from fedlens.ledger import folder, format, measure, table, tensorfile
 from fedlens.ledger.format import NotInLedgerError, Run

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fedlens import trees
+from fedlens import trees  # not `from fedlens import`: see format.py
 from fedlens.errors import LedgerError
 from fedlens.ledger import commit, durable, format, records
 from fedlens.ledger import folder as folders

@@ -8,10 +8,9 @@ from typing import Any
 import federated_language as fl
 import numpy as np
 
-from fedlens import trees
 from fedlens.errors import CohortError, StructureError
 from fedlens.language.sequence import MASK
-from fedlens.language.types import contains_sequence, describe, tensor_types, to_positional
+from fedlens.language.types import contains_sequence, describe, matched_fields, tensor_types, to_positional
 from fedlens.runtime.cohort import Cohort
 from fedlens.runtime.columns import Column, SequenceColumn, StructColumn, TensorColumn
 from fedlens.runtime.examples import Examples
@@ -88,50 +87,60 @@ def column_of(cohort: Cohort, type_: fl.Type, order: np.ndarray | None = None) -
     if isinstance(source, ClientValues):
         return _column_of_values(source, type_, order)
     positions = range(len(cohort)) if order is None else order
-    ids = [cohort.ids[position] for position in positions]
-    return _column_of_list(ids, [source[position] for position in positions], type_, "")
+    owners = [f"client {cohort.ids[position]!r}" for position in positions]
+    return _column_of_list(owners, [source[position] for position in positions], type_, "")
 
 
-def _column_of_list(ids: Sequence[str], values: Sequence[Any], type_: fl.Type, path: str) -> Column:
+def server_value(value: Any, type_: fl.Type, name: str) -> Any:
+    """The positional value of an argument that is not clients-placed; a list of batches becomes a `Sequence`.
+
+    Args:
+      value: what the user passed.
+      type_: its type, without a placement.
+      name: what errors call it.
+
+    Raises:
+      StructureError: the value is not of its type.
+    """
+    owner = f"the argument {name}"
+    try:
+        if contains_sequence(type_):
+            return _column_of_list([owner], [value], type_, "").value(0)
+        return _checked(owner, value, type_, "")
+    except CohortError as error:
+        raise StructureError(str(error)) from error
+
+
+def _column_of_list(owners: Sequence[str], values: Sequence[Any], type_: fl.Type, path: str) -> Column:
     if not contains_sequence(type_):
-        rows = [_checked(client_id, value, type_, path) for client_id, value in zip(ids, values, strict=True)]
+        rows = [_checked(owner, value, type_, path) for owner, value in zip(owners, values, strict=True)]
         leaves = zip(*(_leaves(row) for row in rows), strict=True)
         return TensorColumn(
             type_, tuple(np.stack([np.asarray(leaf) for leaf in leaf_rows]) for leaf_rows in leaves), len(ids)
         )
     if isinstance(type_, fl.SequenceType):
-        return _column_of_batches(ids, values, type_, path)
+        return _column_of_batches(owners, values, type_, path)
+    matched = [_matched(owner, value, type_, path) for owner, value in zip(owners, values, strict=True)]
     fields = []
     for position, (name, field_type) in enumerate(type_.items()):
-        step = str(position) if name is None else name
-        parts = [
-            _field(client_id, value, position, step, type_, path) for client_id, value in zip(ids, values, strict=True)
-        ]
-        fields.append(_column_of_list(ids, parts, field_type, f"{path}/{step}".lstrip("/")))
+        step = f"{path}/{position if name is None else name}".lstrip("/")
+        fields.append(_column_of_list(owners, [of_owner[position] for of_owner in matched], field_type, step))
     return StructColumn(tuple(fields))
 
 
-def _field(client_id: str, value: Any, position: int, step: str, type_: fl.StructType, path: str) -> Any:
-    fields = trees.fields_of(value)
-    if fields is None or len(fields) != len(type_):
-        raise CohortError(f"Expected {type_}{_where(client_id, path)}, found {describe(value)}.")
-    by_name = dict((name, child) for name, child in fields if name is not None)
-    if by_name and step not in by_name:
-        raise CohortError(f"Expected a field {step!r}{_where(client_id, path)}, found {describe(value)}.")
-    return by_name[step] if by_name else fields[position][1]
-
-
-def _column_of_batches(ids: Sequence[str], values: Sequence[Any], type_: fl.SequenceType, path: str) -> SequenceColumn:
+def _column_of_batches(
+    owners: Sequence[str], values: Sequence[Any], type_: fl.SequenceType, path: str
+) -> SequenceColumn:
     rows: list[list[Any]] = []
     lengths = []
-    for client_id, batches in zip(ids, values, strict=True):
+    for owner, batches in zip(owners, values, strict=True):
         if isinstance(batches, Mapping | str | bytes) or not isinstance(batches, Iterable):
             raise CohortError(
-                f"Expected a list of batches of type {type_.element}{_where(client_id, path)}, found {describe(batches)}."
+                f"Expected a list of batches of type {type_.element}{_where(owner, path)}, found {describe(batches)}."
             )
         before = len(rows)
         for number, batch in enumerate(batches):
-            rows.append(_leaves(_checked(client_id, batch, type_.element, f"{path}/batch {number}".lstrip("/"))))
+            rows.append(_leaves(_checked(owner, batch, type_.element, f"{path}/batch {number}".lstrip("/"))))
         lengths.append(len(rows) - before)
     tensors = tensor_types(type_.element)
     leaves = (
@@ -196,11 +205,18 @@ def _column_of_values(values: ClientValues, type_: fl.Type, order: np.ndarray | 
     return TensorColumn(type_, leaves, len(values))
 
 
-def _checked(client_id: str, value: Any, type_: fl.Type, path: str) -> Any:
+def _checked(owner: str, value: Any, type_: fl.Type, path: str) -> Any:
     try:
         return to_positional(value, type_, path)
     except StructureError as error:
-        raise CohortError(f"{str(error).rstrip('.')}, in client {client_id!r}.") from error
+        raise CohortError(f"{str(error).rstrip('.')}, in {owner}.") from error
+
+
+def _matched(owner: str, value: Any, type_: fl.StructType, path: str) -> list[Any]:
+    try:
+        return matched_fields(value, type_, path)
+    except StructureError as error:
+        raise CohortError(f"{str(error).rstrip('.')}, in {owner}.") from error
 
 
 def _leaves(positional: Any) -> list[Any]:
@@ -209,5 +225,5 @@ def _leaves(positional: Any) -> list[Any]:
     return [positional]
 
 
-def _where(client_id: str, path: str) -> str:
-    return f" at {path!r} in client {client_id!r}" if path else f" in client {client_id!r}"
+def _where(owner: str, path: str) -> str:
+    return f" at {path!r} in {owner}" if path else f" in {owner}"

@@ -94,6 +94,7 @@ class _Run:
     ):
         self._engine = engine
         self._plan = of
+        self._parameter_type = type_.parameter
         self._result_type = type_.result
         self._on_nonfinite = on_nonfinite
         self._sink = sink
@@ -117,15 +118,12 @@ class _Run:
     def _bind(self, argument: Any) -> None:
         cohorts = {}
         for each in self._plan.inputs:
-            value = _part(argument, each)
+            value = _part(argument, self._parameter_type, each)
             if each.at_clients:
                 cohorts[each.name] = as_cohort(value, each.name)
             else:
                 member = each.type.member if isinstance(each.type, fl.FederatedType) else each.type
-                try:
-                    self._server[each.name] = to_positional(value, member)
-                except StructureError as error:
-                    raise StructureError(f"{str(error).rstrip('.')}, in the argument {each.name}.") from error
+                self._server[each.name] = server_value(value, member, each.name)
         if cohorts:
             self._ids, self._chunk_size, order = join(cohorts)
             types = {each.name: each.type.member for each in self._plan.inputs if each.at_clients}

@@ -96,12 +96,17 @@ def _has_product_form(lhs: Any, rhs: Any, out: Any, parameters: dict[str, Any]) 
     arrays = (lhs, rhs, out)
     if not all(isinstance(size, int) and size > 0 for array in arrays for size in array.shape):
         return False
-    if not all(array.dtype.name in _FLOATS for array in arrays) or parameters.get("out_sharding") is not None:
+    if not all(array.dtype.name in _FLOATS for array in arrays) or _is_spread(parameters.get("out_sharding")):
         return False
     # A scan's carry must be marked as varying over mesh axes; only shard_map with check_vma tracks that.
     if any(getattr(array, "vma", None) for array in arrays):
         return False
     return _geometry(lhs.shape, rhs.shape, parameters).slices <= MAX_SLICES
+
+
+def _is_spread(sharding: Any) -> bool:
+    """Whether a sharding names a mesh axis; under shard_map JAX gives one that names none."""
+    return sharding is not None and any(axis is not None for axis in sharding.spec)
 
 
 def _geometry(lhs: Sequence[int], rhs: Sequence[int], parameters: dict[str, Any]) -> Geometry:
