@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class Workload:
         if self.convolutions:
             features = (features[0] // 2, features[1] // 2, features[2])
         widths = [int(np.prod(features)), *self.hidden, self.classes]
-        for number, shape in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for number, shape in enumerate(pairwise(widths)):
             shapes[f"dense{number}"] = shape
         return shapes
 
@@ -130,7 +131,7 @@ def cohort(name: str, round_number: int) -> np.ndarray:
 
 
 def measure(run_round: Callable[[int], object], rounds: int, warmup: int = 2) -> list[float]:
-    """Seconds of each of `rounds` calls of `run_round(round_number)`, which returns when all is done, after a warm-up."""
+    """Seconds of each of `rounds` calls of `run_round(number)`, which returns when all is done, after `warmup` calls."""
     seconds = []
     for number in range(warmup + rounds):
         start = time.perf_counter()

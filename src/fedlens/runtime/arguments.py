@@ -116,7 +116,7 @@ def _column_of_list(owners: Sequence[str], values: Sequence[Any], type_: fl.Type
         rows = [_checked(owner, value, type_, path) for owner, value in zip(owners, values, strict=True)]
         leaves = zip(*(_leaves(row) for row in rows), strict=True)
         return TensorColumn(
-            type_, tuple(np.stack([np.asarray(leaf) for leaf in leaf_rows]) for leaf_rows in leaves), len(ids)
+            type_, tuple(np.stack([np.asarray(leaf) for leaf in leaf_rows]) for leaf_rows in leaves), len(owners)
         )
     if isinstance(type_, fl.SequenceType):
         return _column_of_batches(owners, values, type_, path)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import federated_language as fl
 import jax
@@ -21,9 +21,10 @@ from federated_language import framework
 
 from fedlens import trees
 from fedlens.compiler import ClientStage, Input, Plan, ServerStage, plan
-from fedlens.errors import CohortError, ConfigError, StructureError, UnsupportedError
-from fedlens.language.types import argument_fields, describe, from_positional, to_positional
-from fedlens.runtime.arguments import as_cohort, column_of, join
+from fedlens.compiler.normalize import PARAMETER
+from fedlens.errors import CohortError, ConfigError, UnsupportedError
+from fedlens.language.types import from_positional, matched_fields
+from fedlens.runtime.arguments import as_cohort, column_of, join, server_value
 from fedlens.runtime.columns import Column, TensorColumn
 from fedlens.runtime.debug import Debug
 from fedlens.runtime.engine import Engine, OnNonFinite, StageCohort
@@ -81,8 +82,13 @@ class Context(framework.SyncContext):
           CohortError: the cohorts of the call do not fit together, or a client's value is not of its type.
           StructureError: a server value is not of its type.
           NonFiniteError: see `on_nonfinite`.
+          ConfigError: `on_nonfinite` is none of its values.
           UnsupportedError: the computation needs something that fedlens does not execute.
         """
+        if on_nonfinite not in get_args(OnNonFinite):
+            raise ConfigError(
+                f"Expected one of {', '.join(get_args(OnNonFinite))} for on_nonfinite, found {on_nonfinite!r}."
+            )
         return _Run(self.engine, _plan_of(computation), computation.type_signature, on_nonfinite, sink)(argument)
 
 
@@ -137,7 +143,9 @@ class _Run:
         needed_later = {name for other in later if isinstance(other, ClientStage) for name in other.columns}
         streamed = self._sink is not None and not needed_later.intersection(stage.outputs)
         types = dict(zip(stage.outputs, stage.output_types, strict=True))
-        paths = {name: path for path, name, _ in _client_results(self._plan.result, self._result_type)}
+        handed_out = [
+            result for result in _client_results(self._plan.result, self._result_type) if result[1] in stage.outputs
+        ]
         done = 0
 
         def forward(parts: Mapping[str, list[Part]]) -> None:
@@ -145,14 +153,13 @@ class _Run:
             count = sum(len(part.positions) for part in next(iter(parts.values()), []))
             ids, start = self._ids[done : done + count], done
             done += count
-            if self._sink is not None and paths:
+            if self._sink is not None and handed_out:
                 self._sink(
                     {
-                        paths[name]: ClientValues(
-                            ids, types[name], [Part(part.positions - start, part.leaves) for part in of_name]
+                        path: ClientValues(
+                            ids, member, [Part(part.positions - start, part.leaves) for part in parts[name]]
                         )
-                        for name, of_name in parts.items()
-                        if name in paths
+                        for path, name, member in handed_out
                     }
                 )
 
@@ -211,16 +218,12 @@ def _client_results(block: Any, type_: fl.Type, path: str = "") -> Iterator[tupl
             yield from _client_results(child, field, f"{path}/{position if name is None else name}".lstrip("/"))
 
 
-def _part(argument: Any, each: Input) -> Any:
-    """The part of an argument at an input's path."""
-    value = argument
+def _part(argument: Any, type_: fl.Type, each: Input) -> Any:
+    """The part of an argument of type `type_` at an input's path; fields of a dict are found by name."""
+    value, name = argument, PARAMETER
     for index in each.path:
-        fields = argument_fields(value)
-        if fields is None or index >= len(fields):
-            raise StructureError(
-                f"Expected an argument with a part {each.name} of type {each.type}, found {describe(argument)}."
-            )
-        value = fields[index][1]
+        value, type_ = matched_fields(value, type_, name)[index], type_[index]
+        name += f"[{index}]"
     return value
 
 
@@ -251,8 +254,14 @@ _lock = threading.Lock()
 
 
 @cache
+def _engine(name: str) -> Engine:
+    """One engine for each name: it holds the compiled programs."""
+    return ENGINES[name]()
+
+
+@cache
 def _default_context() -> Context:
-    return Context(Local())
+    return Context(_engine("local"))
 
 
 def current_context() -> Context:
@@ -289,7 +298,8 @@ def use(engine: str | Engine) -> Iterator[Context]:
     if isinstance(engine, str):
         if engine not in ENGINES:
             raise ConfigError(f"Expected one of the engines {', '.join(ENGINES)}, found {engine!r}.")
-        engine = ENGINES[engine]()
+        with _lock:
+            engine = _engine(engine)
     context = Context(engine)
     with framework.get_context_stack().install(context):
         yield context

@@ -1,105 +1,49 @@
-"""Makes XLA compile convolutions on CPU as matrix products, inside fedlens's own programs and nowhere else.
+"""Convolutions lowered for CPU as matrix products: XLA:CPU runs the gradient of a convolution's kernel naively.
 
-JAX keeps one lowering rule per primitive and platform. `install` puts a rule for `lax.conv_general_dilated_p` in front of
-the one that was there; it acts inside `with lowered_as_products():` and hands everything else on. Any Flax or Keras model
-profits unchanged, since gradients and batched convolutions are that primitive again. The forms of the products are in
-`convolution_forms`.
+The rule is for `lax.conv_general_dilated_p`, which gradients and batched convolutions are again. The products themselves
+are in `convolution_forms`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax import lax
-from jax.interpreters import mlir
 from jaxtyping import Array, Float
 
 from fedlens.runtime.convolution_forms import Geometry, convolve
+from fedlens.runtime.lowering import register
 
 MAX_SLICES = 256
 """Beyond as many slices XLA takes many seconds to compile a convolution; longer ones keep its own form."""
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-# Part of the key of every cache of jit, and local to the thread: a function that was compiled inside
-# `lowered_as_products` is compiled again outside, and the other way round. A ContextVar would not be seen by the caches.
-_as_products = jax.make_user_context(default_value=None)  # type: ignore[no-untyped-call]
-
-_Rule = Callable[..., Sequence[Any]]
-_registering = threading.Lock()
-
-
-@contextmanager
-def lowered_as_products() -> Iterator[None]:
-    """Within, convolutions that are lowered for CPU become matrix products; see `install`, which must have been called.
-
-    Example:
-      >>> install()
-      True
-      >>> images, kernel = jnp.ones((8, 1, 28, 28)), jnp.ones((32, 1, 3, 3))
-      >>> with lowered_as_products():
-      ...     text = jax.jit(lambda x, w: lax.conv(x, w, (1, 1), "VALID")).lower(images, kernel).as_text()
-      >>> "convolution" in text
-      False
-    """
-    with _as_products(True):
-        yield
-
 
 def install() -> bool:
-    """Registers the rule, once per process; calling it again changes nothing.
+    """Registers the rule; within `lowered_for_cpu` convolutions then become matrix products.
+
+    Some stay as they were: of integers or complex numbers, of empty arrays, of symbolic shapes, sharded over devices
+    outside `shard_map`, or with both kernel and output so long that they unroll into more than `MAX_SLICES` slices.
 
     Returns:
-      Whether the rule is registered. It is not when this version of JAX does not show the rule that it would replace;
-      then convolutions stay as XLA has them, right and slow.
+      Whether the rule is registered; see `lowering.register`.
     """
-    with _registering:
-        registered = _registered_rule()
-        if registered is None:
-            return False
-        if not isinstance(registered, _ProductRule):
-            mlir.register_lowering(lax.conv_general_dilated_p, _ProductRule(registered), platform="cpu")
-        return True
+    return register(lax.conv_general_dilated_p, _convolution, _has_product_form)
 
 
-def _registered_rule() -> _Rule | None:
-    # The one private name of JAX in this module: the rule in use cannot be asked for in any other way, and outside
-    # fedlens's programs it must stay in use. An entry was the rule itself before JAX 0.7, and wraps it since.
-    try:
-        entry = mlir._platform_specific_lowerings["cpu"][lax.conv_general_dilated_p]
-    except (AttributeError, KeyError, TypeError):
-        return None
-    rule: _Rule = getattr(entry, "rule", entry)
-    return rule if callable(rule) else None
-
-
-class _ProductRule:
-    """The lowering rule: products where asked for and possible, else the rule that was registered before."""
-
-    def __init__(self, otherwise: _Rule) -> None:
-        self._otherwise = otherwise
-        self._as_products = mlir.lower_fun(_convolution, multiple_results=False)
-
-    def __call__(self, context: mlir.LoweringRuleContext, lhs: Any, rhs: Any, **parameters: Any) -> Sequence[Any]:
-        if _as_products.value and _has_product_form(*context.avals_in, *context.avals_out, parameters):
-            return self._as_products(context, lhs, rhs, **parameters)
-        return self._otherwise(context, lhs, rhs, **parameters)
-
-
-def _has_product_form(lhs: Any, rhs: Any, out: Any, parameters: dict[str, Any]) -> bool:
-    """Whether a convolution is one of floats, of static shape, without empty axes, on one device, and not too long."""
-    arrays = (lhs, rhs, out)
+def _has_product_form(arrays: Sequence[Any], parameters: dict[str, Any]) -> bool:
+    """Whether a convolution, of `arrays` lhs, rhs and result, is one that `_convolution` computes."""
     if not all(isinstance(size, int) and size > 0 for array in arrays for size in array.shape):
         return False
     if not all(array.dtype.name in _FLOATS for array in arrays) or _is_spread(parameters.get("out_sharding")):
         return False
-    # A scan's carry must be marked as varying over mesh axes; only shard_map with check_vma tracks that.
-    if any(getattr(array, "vma", None) for array in arrays):
+    if any(_varies(array) for array in arrays):
+        return False
+    lhs, rhs, _ = arrays
+    if lhs.ndim == 2:  # no spatial axis: a product as it is
         return False
     return _geometry(lhs.shape, rhs.shape, parameters).slices <= MAX_SLICES
 
@@ -107,6 +51,14 @@ def _has_product_form(lhs: Any, rhs: Any, out: Any, parameters: dict[str, Any]) 
 def _is_spread(sharding: Any) -> bool:
     """Whether a sharding names a mesh axis; under shard_map JAX gives one that names none."""
     return sharding is not None and any(axis is not None for axis in sharding.spec)
+
+
+def _varies(array: Any) -> bool:
+    """Whether shard_map tracks that an array differs between devices; then the carry of a scan over it must say so.
+
+    Only shard_map with `check_vma=True` tracks it, and fedlens's programs have it off.
+    """
+    return bool(getattr(getattr(array, "manual_axis_type", array), "varying", None) or getattr(array, "vma", None))
 
 
 def _geometry(lhs: Sequence[int], rhs: Sequence[int], parameters: dict[str, Any]) -> Geometry:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from federated_language import framework
 from jax.extend.core import jaxpr_as_fun
 
-from fedlens.compiler import Step
+from fedlens.compiler import ServerStage, Step
 from fedlens.errors import UnsupportedError
 from fedlens.language import LocalComputation
 from fedlens.language.local_computation import from_proto
@@ -36,6 +37,25 @@ def run_step(step: Step, environment: Mapping[str, Any], call: Call) -> Any:
             function = evaluate(step.function, environment, call)
             return function() if step.operand is None else function(evaluate(step.operand, environment, call))
     return evaluate(step.operand, environment, call)  # zip, value, broadcast: what is placed where does not change it
+
+
+def evaluate_stage(stage: ServerStage, environment: Mapping[str, Any], call: Call) -> dict[str, Any]:
+    """The values of a server stage's outputs."""
+    values = dict(environment)
+    for step in stage.body:
+        values[step.name] = run_step(step, values, call)
+    return {name: values[name] for name in stage.outputs}
+
+
+def calls_local_computation(step: Step) -> bool:
+    """Whether a step computes anything, rather than move or select values."""
+    blocks = [block for block in (step.function, step.operand) if block is not None]
+    while blocks:
+        block = blocks.pop()
+        if isinstance(block, framework.CompiledComputation):
+            return True
+        blocks += block.children()
+    return False
 
 
 def evaluate(block: Any, environment: Mapping[str, Any], call: Call) -> Any:
@@ -70,8 +90,15 @@ def evaluate(block: Any, environment: Mapping[str, Any], call: Call) -> Any:
 
 
 def eager(local: LocalComputation, *argument: Any) -> Any:
-    """Runs a local computation now, operation by operation: the user's prints and breakpoints see values."""
-    return local(*argument)
+    """Runs a local computation now, operation by operation: the user's prints and breakpoints see values.
+
+    They are JAX arrays, as under a trace: NumPy's have other methods, and other rules of promotion.
+    """
+    return local(*jax.tree.map(_as_jax, argument))
+
+
+def _as_jax(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
 
 
 def inline(local: LocalComputation, *argument: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,12 +24,12 @@ from jaxtyping import Int
 
 from fedlens.compiler import ClientStage, ServerStage
 from fedlens.language.types import tensor_types
-from fedlens.runtime import reductions
+from fedlens.runtime import convolution, pooling, reductions
 from fedlens.runtime.columns import Layout, Share, bucket
-from fedlens.runtime.convolution import install, lowered_as_products
 from fedlens.runtime.devices import compute_devices
 from fedlens.runtime.engine import OnNonFinite, Sink, StageCohort, StageResult, check_finite, to_host
-from fedlens.runtime.interpreter import evaluate, inline, run_step
+from fedlens.runtime.interpreter import calls_local_computation, evaluate, evaluate_stage, inline, run_step
+from fedlens.runtime.lowering import lowered_for_cpu
 from fedlens.runtime.values import Part
 
 _AXIS = "clients"
@@ -48,7 +49,8 @@ class Local:
         self._everywhere = NamedSharding(self._mesh, PartitionSpec())
         self._by_device = NamedSharding(self._mesh, PartitionSpec(_AXIS))
         self._programs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-        install()
+        convolution.install()
+        pooling.install()
 
     def run_clients(
         self,
@@ -76,7 +78,7 @@ class Local:
                 for name, of_chunk in parts.items():
                     outputs[name] += of_chunk
 
-        with jax.enable_x64(True), lowered_as_products():
+        with jax.enable_x64(True), lowered_for_cpu():
             held = jax.device_put(dict(shared), self._everywhere)
             capacity = 0
             for chunk in cohort.chunks(stage):
@@ -97,27 +99,26 @@ class Local:
         return StageResult(results, {} if sink is not None else outputs, np.concatenate(dropped))
 
     def run_server(self, stage: ServerStage, environment: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs a server stage as one program; see `Engine.run_server`."""
+        """Runs a server stage as one program, or without one if it only moves values; see `Engine.run_server`."""
+        if not any(calls_local_computation(step) for step in stage.body):
+            return evaluate_stage(stage, environment, inline)
         program = self._programs.get(stage)
         if program is None:
-
-            def run(values: dict[str, Any]) -> dict[str, Any]:
-                values = dict(values)
-                for step in stage.body:
-                    values[step.name] = run_step(step, values, inline)
-                return {name: values[name] for name in stage.outputs}
-
-            program = self._programs[stage] = jax.jit(run)
-        with jax.enable_x64(True), lowered_as_products():
+            own = replace(stage)  # a program that held its own key would never be forgotten
+            program = self._programs[stage] = jax.jit(lambda values: evaluate_stage(own, values, inline))
+        with jax.enable_x64(True), lowered_for_cpu():
             read = {name: environment[name] for name in stage.inputs}
+            # The one Python number in a positional value is a sequence's length, an int32 wherever it is traced.
+            read = jax.tree.map(lambda leaf: np.int32(leaf) if isinstance(leaf, int) else leaf, read)
             results: dict[str, Any] = program(jax.device_put(read, self._everywhere))
         return results
 
     def _client_programs(self, stage: ClientStage) -> tuple[Callable[..., Any], _Finish]:
         programs = self._programs.get(stage)
         if programs is None:
-            run_chunk = jax.jit(partial(_run_chunk, stage, self._mesh), static_argnums=(0, 1, 2))
-            programs = self._programs[stage] = run_chunk, _Finish(stage)
+            own = replace(stage)  # as in run_server
+            run_chunk = jax.jit(partial(_run_chunk, own, self._mesh), static_argnums=(0, 1, 2))
+            programs = self._programs[stage] = run_chunk, _Finish(own)
         return programs
 
     def _deal(self, stage: ClientStage, cohort: StageCohort, chunk: Int[np.ndarray, " clients"]) -> list[Share]:
@@ -261,7 +262,7 @@ def _check_chunk(
 ) -> Int[np.ndarray, " dropped"]:
     if on_nonfinite == "ignore":
         return np.zeros(0, np.int64)
-    by_device = to_host(finite).reshape(len(shares), -1, finite.shape[-1])
+    by_device = to_host(finite).reshape(len(shares), finite.shape[0] // len(shares), finite.shape[1])
     flags = np.concatenate([rows[: len(share)] for share, rows in zip(shares, by_device, strict=True)])
     positions = np.concatenate(shares)
     order = np.argsort(positions)

@@ -76,19 +76,23 @@ def leaves(value: Any) -> list[jax.Array]:
 
 
 def checked_leaves(steps: Sequence[Step]) -> list[str]:
-    """The names of the floating-point leaves that enter reductions, in the order of `finite`'s flags."""
-    return [
-        path or "value"
-        for step in steps
-        for path, tensor in zip(leaf_paths(step.type), tensor_types(step.type), strict=True)
-        if jnp.issubdtype(tensor.dtype, jnp.inexact)
-    ]
+    """The names of the floating-point leaves that enter reductions, weights too, in the order of `finite`'s flags."""
+    names = []
+    for step in steps:
+        operands = [(leaf_paths(step.type), tensor_types(step.type))]
+        if step.operation == "federated_weighted_mean" and step.operand is not None:
+            operands.append((["weight"], tensor_types(step.operand.type_signature[1])))
+        names += [
+            path or "value"
+            for paths, tensors in operands
+            for path, tensor in zip(paths, tensors, strict=True)
+            if jnp.issubdtype(tensor.dtype, jnp.inexact)
+        ]
+    return names
 
 
 def finite(steps: Sequence[Step], operands: Sequence[Any]) -> jax.Array:
     """For each leaf of `checked_leaves` whether one client's operand is finite throughout: bool[leaves]."""
-    flags = []
-    for step, operand in zip(steps, operands, strict=True):
-        value = operand[0] if step.operation == "federated_weighted_mean" else operand
-        flags += [jnp.isfinite(leaf).all() for leaf in leaves(value) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    inexact = [leaf for leaf in leaves(list(operands)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    flags = [jnp.isfinite(leaf).all() for leaf in inexact]
     return jnp.stack(flags) if flags else jnp.ones((0,), jnp.bool_)

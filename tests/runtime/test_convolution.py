@@ -1,0 +1,397 @@
+"""Convolutions as products against XLA's own. Data are small integers, whose sums are exact: no tolerances."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from jax import lax
+from jax.interpreters import mlir
+from jax.sharding import Mesh, PartitionSpec
+
+from fedlens.runtime import convolution, convolution_forms, lowering
+from fedlens.runtime.convolution import install
+from fedlens.runtime.lowering import lowered_for_cpu
+
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _installed():
+    assert install()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution: shapes in the layouts above, and parameters of `lax.conv_general_dilated`."""
+
+    lhs: tuple[int, ...]
+    rhs: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+    padding: object = "VALID"
+    dtype: str = "float32"
+    layout: tuple[str, str, str] | None = None
+    more: dict = field(default_factory=dict)
+
+    def convolve(self, lhs, rhs):
+        axes = len(self.lhs) - 2
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            self.strides or (1,) * axes,
+            self.padding,
+            dimension_numbers=self.layout or LAYOUTS[axes],
+            **self.more,
+        )
+
+    def operands(self):
+        generator = np.random.default_rng(7)
+        return [generator.integers(-3, 4, shape).astype(jnp.dtype(self.dtype)) for shape in (self.lhs, self.rhs)]
+
+    def everything(self, lhs, rhs):
+        """The result, and its gradients along both operands for a cotangent of small integers."""
+        result, pull_back = jax.vjp(self.convolve, lhs, rhs)
+        cotangent = (jnp.arange(result.size) % 5 - 2).reshape(result.shape).astype(result.dtype)
+        return result, *pull_back(cotangent)
+
+
+CASES = {
+    "W1, first layer": Case((4, 12, 12, 1), (3, 3, 1, 8)),
+    "W1, second layer": Case((4, 10, 10, 8), (3, 3, 8, 16)),
+    "same": Case((2, 9, 8, 6), (3, 3, 6, 8), padding="SAME"),
+    "same, strided": Case((2, 9, 8, 6), (5, 4, 6, 8), (2, 3), "SAME"),
+    "fewer outputs than inputs": Case((2, 9, 8, 6), (3, 2, 6, 2), padding="SAME"),
+    "cropped and padded": Case((2, 9, 8, 6), (3, 2, 6, 2), padding=((3, -1), (-2, 4))),
+    "kernel of one": Case((3, 5, 5, 4), (1, 1, 4, 6)),
+    "kernel as large as the image": Case((3, 5, 5, 4), (5, 5, 4, 6)),
+    "kernel larger than the image": Case((3, 3, 2, 4), (5, 5, 4, 3), padding=((2, 2), (3, 4))),
+    "one output position, far from most": Case((2, 3, 3, 2), (2, 2, 2, 3), (9, 9), ((8, 8), (8, 8))),
+    "kernel dilated": Case((2, 12, 9, 3), (3, 2, 3, 4), more={"rhs_dilation": (3, 2)}),
+    "image dilated": Case((2, 4, 5, 3), (3, 3, 3, 4), padding=((1, 2), (2, 2)), more={"lhs_dilation": (3, 2)}),
+    "image dilated, few outputs": Case(
+        (2, 4, 5, 6), (3, 3, 6, 2), padding=((1, 2), (-2, 2)), more={"lhs_dilation": (3, 2)}
+    ),
+    "all dilated and strided": Case(
+        (2, 5, 6, 3), (3, 2, 3, 4), (2, 3), ((4, 1), (0, 5)), more={"lhs_dilation": (2, 3), "rhs_dilation": (2, 1)}
+    ),
+    "grouped": Case((2, 6, 7, 6), (3, 3, 2, 9), more={"feature_group_count": 3}),
+    "depthwise": Case((2, 6, 7, 5), (3, 3, 1, 10), (2, 2), "SAME", more={"feature_group_count": 5}),
+    "grouped, kernel larger than output": Case((2, 5, 5, 4), (4, 4, 2, 6), more={"feature_group_count": 2}),
+    "batch grouped": Case((6, 6, 7, 4), (3, 3, 4, 6), more={"batch_group_count": 3}),
+    "batch grouped, kernel larger than output": Case((6, 5, 5, 4), (4, 4, 4, 3), more={"batch_group_count": 3}),
+    "one axis": Case((3, 20, 4), (5, 4, 6), (2,), "SAME"),
+    "one axis, dilated": Case((3, 20, 4), (3, 4, 2), padding=((5, -2),), more={"rhs_dilation": (4,)}),
+    "three axes": Case((2, 5, 6, 4, 3), (2, 3, 2, 3, 4), (1, 2, 1), "SAME"),
+    "three axes, grouped": Case((2, 5, 6, 4, 4), (2, 3, 2, 2, 4), more={"feature_group_count": 2}),
+    "channels first": Case((2, 3, 9, 8), (4, 3, 3, 2), layout=("NCHW", "OIHW", "NCHW")),
+    "layouts mixed": Case((9, 2, 3, 8), (3, 4, 2, 3), layout=("HNCW", "HOWI", "WCNH")),
+    "no axes, with XLA": Case((3, 4), (4, 5), layout=("NC", "IO", "NC")),
+    "float16": Case((2, 6, 6, 3), (3, 3, 3, 4), dtype="float16"),
+    "bfloat16": Case((2, 6, 6, 3), (3, 3, 3, 4), dtype="bfloat16"),
+    "bfloat16 to float32": Case(
+        (2, 6, 6, 3), (3, 3, 3, 4), dtype="bfloat16", more={"preferred_element_type": np.dtype("float32")}
+    ),
+    "highest precision": Case((2, 6, 6, 3), (3, 3, 3, 4), more={"precision": lax.Precision.HIGHEST}),
+    "integers stay with XLA": Case((2, 6, 6, 3), (3, 3, 3, 4), dtype="int32"),
+    "complex numbers stay with XLA": Case((2, 6, 6, 3), (3, 3, 3, 4), dtype="complex64"),
+    "empty arrays stay with XLA": Case((2, 6, 6, 3), (3, 3, 3, 0)),
+}
+
+
+def compute(cases, as_products):
+    """What every case computes, in one program; integers have no gradients."""
+
+    def program(operands):
+        return {
+            name: cases[name].everything(*pair) if pair[0].dtype != np.int32 else (cases[name].convolve(*pair),)
+            for name, pair in operands.items()
+        }
+
+    with lowered_for_cpu() if as_products else contextlib.nullcontext():
+        compiled = jax.jit(program, compiler_options=QUICK_TO_COMPILE)
+        return jax.device_get(compiled({name: case.operands() for name, case in cases.items()}))
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected)
+    for left, right in zip(found, expected, strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.fixture(scope="module")
+def xla():
+    return compute(CASES, as_products=False)
+
+
+@pytest.fixture(scope="module", params=["cached whole", "in blocks", "in bands of rows"])
+def products(request):
+    """All cases; with a cache so small that they are cut into blocks of images, and into bands of single rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "cached whole":
+            patch.setattr(convolution_forms, "CACHE_BYTES", 6000 if request.param == "in blocks" else 64)
+        return compute(CASES, as_products=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_and_their_gradients_equal_xlas_convolution(name, products, xla):
+    assert_equal(products[name], xla[name])
+
+
+@st.composite
+def convolutions(draw):
+    axes = draw(st.integers(1, 3))
+    groups, small = draw(st.integers(1, 3)), st.integers(1, 3)
+    kind = draw(st.sampled_from(["feature_group_count", "batch_group_count"]))
+
+    def sizes(numbers):
+        return draw(st.tuples(*[numbers] * axes))
+
+    image, kernel = sizes(st.integers(1, 7)), sizes(st.integers(1, 5))
+    lhs_dilation, rhs_dilation = sizes(small), sizes(small)
+    padding = []
+    for size, width, spread, gap in zip(image, kernel, lhs_dilation, rhs_dilation, strict=True):
+        low = draw(st.integers(-2, 4))
+        least = (width - 1) * gap - (size - 1) * spread - low  # the kernel fits once
+        padding.append((low, draw(st.integers(least, least + 8))))
+    inputs, outputs, images = draw(small), draw(small), draw(st.integers(1, 4))
+    by_feature = kind == "feature_group_count"
+    return Case(
+        lhs=(images if by_feature else images * groups, *image, inputs * groups if by_feature else inputs),
+        rhs=(*kernel, inputs, outputs * groups),
+        strides=sizes(small),
+        padding=tuple(padding),
+        more={kind: groups, "lhs_dilation": lhs_dilation, "rhs_dilation": rhs_dilation},
+    )
+
+
+@settings(max_examples=5, phases=[Phase.reuse, Phase.generate])  # compiling is slow, and shrinking compiles
+@given(cases=st.lists(convolutions(), min_size=6, max_size=6), cache=st.sampled_from([1 << 20, 400]))
+def test_any_convolution_equals_xlas(cases, cache):
+    named = {str(number): case for number, case in enumerate(cases)}
+    expected = compute(named, as_products=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution_forms, "CACHE_BYTES", cache)
+        found = compute(named, as_products=True)
+    for name, values in found.items():
+        assert_equal(values, expected[name])
+
+
+def test_a_convolution_by_its_definition():
+    case = CASES["all dilated and strided"]
+    lhs, rhs = case.operands()
+    zeros = np.zeros((2, (5 - 1) * 2 + 1 + 5, (6 - 1) * 3 + 1 + 5, 3), np.float32)
+    zeros[:, 4 : 4 + 9 : 2, 0:16:3] = lhs
+    height, width = (zeros.shape[1] - 5) // 2 + 1, (zeros.shape[2] - 2) // 3 + 1
+    expected = np.zeros((2, height, width, 4), np.float32)
+    for row, column, i, j in np.ndindex(height, width, 3, 2):
+        expected[:, row, column] += zeros[:, 2 * row + 2 * i, 3 * column + j] @ rhs[i, j]
+    with lowered_for_cpu():
+        np.testing.assert_array_equal(jax.jit(case.convolve)(lhs, rhs), expected)
+
+
+def test_16_bit_floats_accumulate_in_32_bits():
+    """Added one by one in float16, 2048 + 1 is 2048 again; in bfloat16, 256 + 1 is 256."""
+    ones = np.ones((1, 64, 64, 1))
+    for dtype in ("float16", "bfloat16"):
+        case = Case((1, 64, 64, 1), (64, 64, 1, 1))
+        with lowered_for_cpu():
+            total = jax.jit(case.convolve)(ones.astype(dtype), ones[0, :, :, :, None].astype(dtype))
+        assert float(total[0, 0, 0, 0]) == 4096
+
+
+def test_64_bit_floats_stay_exact():
+    case = replace(CASES["same"], dtype="float64")
+    lhs, rhs = (operand + 2.0**40 for operand in case.operands())
+    with jax.enable_x64(True):
+        expected = jax.device_get(jax.jit(case.everything)(lhs, rhs))
+        with lowered_for_cpu():
+            assert "convolution" not in jax.jit(case.everything).lower(lhs, rhs).as_text()
+            found = jax.device_get(jax.jit(case.everything)(lhs, rhs))
+    for left, right in zip(found, expected, strict=True):
+        assert left.dtype == np.float64
+        # 54 products of numbers near 2**40 are rounded in one order or another.
+        np.testing.assert_allclose(left, right, rtol=54 * 2.0**-52)
+
+
+def test_rounding_is_that_of_a_sum_in_another_order():
+    """Two sums of n products in float32 differ by at most 2 n eps times the sum of their absolute values."""
+    case = CASES["W1, second layer"]
+    generator = np.random.default_rng(3)
+    lhs, rhs = (generator.standard_normal(shape, dtype=np.float32) for shape in (case.lhs, case.rhs))
+    expected, size = jax.jit(case.convolve)(lhs, rhs), case.convolve(np.abs(lhs), np.abs(rhs))
+    with lowered_for_cpu():
+        found = jax.jit(case.convolve)(lhs, rhs)
+    assert np.all(np.abs(found - expected) <= 2 * 72 * np.finfo(np.float32).eps * size)
+    assert np.any(found != expected)  # else both came from one program
+
+
+X, W = (np.ones(shape, np.float32) for shape in ((2, 6, 6, 3), (3, 3, 3, 3)))
+
+
+def plain(x, w):
+    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUTS[2])
+
+
+PROGRAMS = {
+    "alone": lambda f: f,
+    "inside another jit": lambda f: lambda x, w: jax.jit(f)(x, w) + 1,
+    "in a scan": lambda f: lambda x, w: lax.scan(lambda c, _: (f(c, w), None), x, None, length=2)[0],
+    "in a while loop": lambda f: lambda x, w: lax.while_loop(lambda c: c[0, 0, 0, 0] < 9, lambda c: f(c, w), x),
+    "in a branch": lambda f: lambda x, w: lax.cond(x[0, 0, 0, 0] > 0, f, lambda x, w: x, x, w),
+    "mapped over images": lambda f: lambda x, w: jax.vmap(f, (0, None))(jnp.stack([x, x]), w),
+    "mapped over kernels": lambda f: lambda x, w: jax.vmap(f)(jnp.stack([x, x]), jnp.stack([w, w])),
+    "differentiated": lambda f: jax.grad(lambda x, w: f(x, w).sum(), argnums=(0, 1)),
+    "differentiated twice": lambda f: jax.hessian(lambda x, w: (f(x[:1, :2, :2], w) ** 2).sum()),
+    "rematerialised": lambda f: jax.grad(lambda x, w: jax.checkpoint(f)(x, w).sum()),
+}
+
+
+@pytest.mark.parametrize("inside_first", [True, False])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_one_function_lowers_one_way_inside_and_the_other_outside(program, inside_first):
+    shared = jax.jit(plain)  # the user's own jit, whose cache knows both
+    function = jax.jit(PROGRAMS[program](shared))
+
+    def convolutions_left():
+        return "stablehlo.convolution" in function.lower(X, W).as_text()
+
+    for inside in (inside_first, not inside_first, inside_first):
+        with lowered_for_cpu() if inside else contextlib.nullcontext():
+            assert convolutions_left() != inside
+
+
+def test_a_call_runs_the_program_of_its_place(monkeypatch):
+    """Calls take a shorter way through jit's caches than `lower` does."""
+    traced = []
+
+    def convolve(*operands):
+        traced.append(1)
+        return convolution_forms.convolve(*operands)
+
+    monkeypatch.setattr(convolution, "convolve", convolve)
+    function = jax.jit(lambda x, w: plain(x, w) + 17)
+    counts = []
+    for inside in (False, True, False, True, False):
+        with lowered_for_cpu() if inside else contextlib.nullcontext():
+            function(X, W).block_until_ready()
+        counts.append(len(traced))
+    assert counts == [0, 1, 1, 1, 1]
+
+
+def test_compiled_programs_hold_no_convolution():
+    """XLA makes convolutions into other things, never the other way round; read from what it compiled."""
+    gradient = jax.jit(jax.grad(lambda w, x: (plain(x, w) ** 2).sum()))
+    assert " convolution(" in gradient.lower(W, X).compile().as_text()
+    with lowered_for_cpu():
+        assert " convolution(" not in gradient.lower(W, X).compile().as_text()
+
+
+def test_traced_inside_and_lowered_outside_is_outside():
+    with lowered_for_cpu():
+        traced = jax.jit(plain).trace(X, W)
+    assert "stablehlo.convolution" in traced.lower().as_text()
+
+
+def test_contexts_nest_and_end_after_an_error():
+    def left():
+        return "stablehlo.convolution" in jax.jit(plain).lower(X, W).as_text()
+
+    with lowered_for_cpu():
+        with lowered_for_cpu():
+            assert not left()
+        assert not left()
+    with pytest.raises(ZeroDivisionError), lowered_for_cpu():
+        1 / 0  # noqa: B018
+    assert left()
+
+
+def test_another_thread_is_outside():
+    left = []
+    with lowered_for_cpu():
+        thread = threading.Thread(
+            target=lambda: left.append("stablehlo.convolution" in jax.jit(plain).lower(X, W).as_text())
+        )
+        thread.start()
+        thread.join()
+    assert left == [True]
+
+
+def test_other_platforms_keep_their_convolutions():
+    with lowered_for_cpu():
+        assert "stablehlo.convolution" in jax.jit(plain).trace(X, W).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_symbolic_shapes_stay_with_xla():
+    batch = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 6, 6, 3), np.float32)
+    with lowered_for_cpu():
+        exported = jax.export.export(jax.jit(plain))(batch, W)
+    assert "stablehlo.convolution" in exported.mlir_module()
+    np.testing.assert_array_equal(exported.call(X, W), jax.jit(plain)(X, W))
+
+
+def test_long_kernels_of_long_outputs_stay_with_xla():
+    limit = convolution.MAX_SLICES
+    kernel, image = np.ones((limit + 1, 1, 1)), np.ones((1, 3 * limit, 1))
+    convolve = jax.jit(lambda x, w: lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=LAYOUTS[1]))
+    with lowered_for_cpu():
+        assert "stablehlo.convolution" in convolve.lower(image, kernel).as_text()
+        assert "stablehlo.convolution" not in convolve.lower(image, kernel[:50]).as_text()
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_under_shard_map(tracked, monkeypatch):
+    """As the local engine runs it, not tracked; and where shard_map tracks what varies, which our scan does not."""
+    monkeypatch.setattr(convolution_forms, "CACHE_BYTES", 400)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("clients",))
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("clients")), "out_specs": PartitionSpec("clients")}
+    gradient = jax.grad(lambda w, x: (plain(x, w) ** 2).sum())
+    function = jax.jit(jax.shard_map(gradient, mesh=mesh, check_vma=tracked, **specs))
+    expected = function(W, X)
+    with lowered_for_cpu():
+        assert ("stablehlo.convolution" in function.lower(W, X).as_text()) == tracked
+        np.testing.assert_array_equal(function(W, X), expected)
+
+
+def test_installing_again_changes_nothing():
+    before = mlir._platform_specific_lowerings["cpu"][lax.conv_general_dilated_p]
+    assert install()
+    assert mlir._platform_specific_lowerings["cpu"][lax.conv_general_dilated_p] is before
+
+
+def test_outside_the_rule_registered_before_is_used(monkeypatch):
+    rules = mlir._platform_specific_lowerings["cpu"]
+    monkeypatch.setitem(rules, lax.conv_general_dilated_p, rules[lax.conv_general_dilated_p])  # put back afterwards
+    called = []
+
+    def of_another_library(context, lhs, rhs, **parameters):
+        called.append(parameters)
+        return original(context, lhs, rhs, **parameters)
+
+    original = lowering._registered_rule(lax.conv_general_dilated_p)
+    mlir.register_lowering(lax.conv_general_dilated_p, of_another_library, platform="cpu")
+    assert install()
+    with lowered_for_cpu():
+        jax.jit(lambda x, w: plain(x, w) + 1).lower(X, W)
+    assert not called
+    jax.jit(lambda x, w: plain(x, w) + 2).lower(X, W)
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize("hidden", [None, {}, {"cpu": {}}, {"cpu": {lax.conv_general_dilated_p: "a string"}}])
+def test_a_jax_that_hides_its_rules_is_left_alone(hidden, monkeypatch):
+    monkeypatch.setattr(mlir, "register_lowering", lambda *_, **__: pytest.fail("registered"))
+    monkeypatch.setattr(mlir, "_lowerings", {})
+    if hidden is None:
+        monkeypatch.delattr(mlir, "_platform_specific_lowerings")
+    else:
+        monkeypatch.setattr(mlir, "_platform_specific_lowerings", hidden)
+    assert not install()
