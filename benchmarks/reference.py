@@ -133,7 +133,7 @@ def train(
 
 
 def build_chunk(workload: Workload, mesh: Mesh, capture: bool) -> Callable[..., Any]:
-    """The program for a chunk of a cohort: the sums of weighted local models and of weights; `capture` adds each model."""
+    """The program for a chunk of clients: sums of weighted local models and of weights; `capture` adds each model."""
     group = GROUPS.get(workload.name, 1)
 
     def one_device(

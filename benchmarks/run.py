@@ -8,18 +8,19 @@ client's local model to the ledger's writer, which holds at most two rounds back
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import optax
-from workloads import WORKLOADS, Workload, arguments, examples, report
+from workloads import WORKLOADS, Workload, data, report
 
 import fedlens as fed
 
 
-def model(workload: Workload, data: fed.data.FederatedData) -> fed.Model:
+def model(workload: Workload, clients: fed.data.FederatedData) -> fed.Model:
     from flax import linen as nn
 
     class CNN(nn.Module):
@@ -38,40 +39,45 @@ def model(workload: Workload, data: fed.data.FederatedData) -> fed.Model:
             return nn.Dense(62)(nn.relu(nn.Dense(200)(nn.relu(nn.Dense(200)(x)))))
 
     module = {"W1": CNN(), "W2": MLP(), "W4": nn.Dense(10)}[workload.name]
-    return fed.models.from_flax(module, inputs=data.element_type, loss=fed.losses.cross_entropy)
+    return fed.models.from_flax(module, inputs=clients.element_type, loss=fed.losses.cross_entropy)
 
 
 def main() -> None:
-    options = arguments(__doc__, list(WORKLOADS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, required=True)
+    parser.add_argument("--capture", action="store_true", help="write every client's local model to a ledger")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds that count")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
+    options = parser.parse_args()
     workload = WORKLOADS[options.workload]
-    x, y = examples(workload)
-    columns = {"x": x.reshape(-1, *workload.shape), "y": y.reshape(-1)}
+    x, y = data(workload.name)
+    columns = {"x": x.reshape(-1, *workload.features), "y": y.reshape(-1)}
     offsets = np.arange(workload.pool + 1) * workload.examples
-    data = fed.data.FederatedData(columns, offsets, tuple(f"client-{number:06d}" for number in range(workload.pool)))
+    clients = fed.data.FederatedData(columns, offsets, tuple(f"client-{number:06d}" for number in range(workload.pool)))
     process = fed.learning.build_weighted_fed_avg(
-        model(workload, data), optax.sgd(workload.learning_rate), batch_size=workload.batch
+        model(workload, clients), optax.sgd(workload.learning_rate), batch_size=workload.batch
     )
-    times: list[float] = []
+    seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         fed.run(
             process,
-            data,
+            clients,
             rounds=options.warmup + options.rounds,
             ledger=Path(folder) / "ledger" if options.capture else None,
             clients_per_round=None if workload.clients == workload.pool else workload.clients,
             progress=False,
-            on_round=lambda finished: times.append(finished.seconds),
+            on_round=lambda finished: seconds.append(finished.seconds),
         )
-        after_rounds = time.perf_counter() - started - sum(times)
+        outside_rounds = time.perf_counter() - started - sum(seconds)
     report(
+        workload.name,
         "local",
-        workload,
-        times[options.warmup :],
+        seconds[options.warmup :],
         capture=options.capture,
         packages=["fedlens", "jax", "numpy"],
-        first_round_s=round(times[0], 3),
-        outside_rounds_s=round(after_rounds, 3),
+        first_round_s=round(seconds[0], 3),
+        outside_rounds_s=round(outside_rounds, 3),
     )
 
 

@@ -131,7 +131,7 @@ def cohort(name: str, round_number: int) -> np.ndarray:
 
 
 def measure(run_round: Callable[[int], object], rounds: int, warmup: int = 2) -> list[float]:
-    """Seconds of each of `rounds` calls of `run_round(number)`, which returns when all is done, after `warmup` calls."""
+    """Seconds of each of `rounds` calls of `run_round(number)`, which returns when all is done, after warming up."""
     seconds = []
     for number in range(warmup + rounds):
         start = time.perf_counter()

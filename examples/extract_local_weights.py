@@ -111,7 +111,8 @@ def main() -> None:
 
     processed = average_of_processed(clients)
     mean_of_returned = processed["client_weights"].stacked["dense"]["bias"].mean(axis=0)
-    print("mean of the returned biases:", mean_of_returned, "returned mean:", processed["global_weights"]["dense"]["bias"])
+    print("mean of the returned biases:", mean_of_returned)
+    print("returned mean of the biases:", processed["global_weights"]["dense"]["bias"])
 
     data = fed.Cohort({name: random_batches(rng, count) for name, count in (("alice", 3), ("bob", 1), ("carol", 6))})
     trained = training_round(WEIGHTS, data)

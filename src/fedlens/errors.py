@@ -1,8 +1,8 @@
 """The exceptions that fedlens raises.
 
-Every message reads "Expected ..., found ...", names the client, leaf, file or key that is at fault, and says what to do.
-Catch `FedlensError` for all of them; each class also derives from the built-in exception that fits, so that code which
-knows nothing of fedlens handles it too.
+Every message reads "Expected ..., found ...", names the client, leaf, file or key that is at fault, and says what to
+do. Catch `FedlensError` for all of them; each class also derives from the built-in exception that fits, so that code
+which knows nothing of fedlens handles it too.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """A whole run: the loop over rounds with capture, checkpoints, progress and resume.
 
-`run` is the loop that everybody would otherwise write around `process.next`. With a ledger, every client's local model of
-every round is written while the next round computes, and an interrupted run continues with `resume` from its last
+`run` is the loop that everybody would otherwise write around `process.next`. With a ledger, every client's local model
+of every round is written while the next round computes, and an interrupted run continues with `resume` from its last
 committed round, to the same bits that an uninterrupted one gives.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -77,12 +78,15 @@ def run(
       The last state, the metrics by round, and the ledger.
 
     Raises:
-      ConfigError: `rounds` is below 1.
+      ConfigError: `rounds` is below 1, an argument is no integer, or `config` has the key "study", under which the
+        ledger keeps these arguments.
+      DataError: `clients_per_round` is more than there are.
       LedgerError: the ledger exists already, or cannot be written.
     """
-    if rounds < 1:
-        raise ConfigError(f"Expected at least 1 round, found {rounds}.")
-    plan = _Plan(rounds, seed, clients_per_round)
+    plan = _Plan.of(rounds, seed, clients_per_round)
+    if config is not None and _STUDY in config:
+        raise ConfigError(f"Expected a config without the key {_STUDY!r}, which fed.run fills, found one. Rename it.")
+    data.cohort(0, clients_per_round=clients_per_round, seed=seed)  # refuses what does not fit before a ledger exists
     state = process.initialize(seed)
     if ledger is None:
         return _Study(process, data, plan, test, None, progress, on_round).go(state, [])
@@ -104,8 +108,8 @@ def resume(
 ) -> Run:
     """Continues an interrupted run from the last round that its ledger committed.
 
-    Rounds, seed and clients per round come from the ledger. With the process, data and test data that the run was started
-    with, the results are those of a run that was not interrupted, bit for bit.
+    Rounds, seed and clients per round come from the ledger. With the process, data and test data that the run was
+    started with, the results are those of a run that was not interrupted, bit for bit.
 
     Args:
       process: the algorithm of the run.
@@ -137,6 +141,20 @@ class _Plan:
     seed: int
     clients_per_round: int | None
 
+    @classmethod
+    def of(cls, rounds: int, seed: int, clients_per_round: int | None) -> _Plan:
+        try:  # NumPy's integers become Python's, which JSON has
+            clients = None if clients_per_round is None else operator.index(clients_per_round)
+            plan = cls(operator.index(rounds), operator.index(seed), clients)
+        except TypeError:
+            raise ConfigError(
+                "Expected integers as rounds, seed and clients_per_round, "
+                f"found {rounds!r}, {seed!r} and {clients_per_round!r}."
+            ) from None
+        if plan.rounds < 1:
+            raise ConfigError(f"Expected at least 1 round, found {rounds}.")
+        return plan
+
     def as_config(self) -> dict[str, int | None]:
         return {"rounds": self.rounds, "seed": self.seed, "clients_per_round": self.clients_per_round}
 
@@ -147,7 +165,8 @@ class _Plan:
             rounds, seed, clients = found["rounds"], found["seed"], found["clients_per_round"]  # type: ignore[index]
         except (KeyError, TypeError):
             raise LedgerError(
-                f"Expected a ledger that fed.run started, found one without {_STUDY!r} in its config, in {os.fspath(ledger)}."
+                f"Expected a ledger that fed.run started, found one without {_STUDY!r} in its config, "
+                f"in {os.fspath(ledger)}."
             ) from None
         return cls(int(rounds), int(seed), None if clients is None else int(clients))
 
@@ -182,7 +201,7 @@ class _Study:
                 cohort = self._data.cohort(number, clients_per_round=self._plan.clients_per_round, seed=self._plan.seed)
                 before = state
                 state, metrics, *local = self._process.next(state, cohort)
-                if self._evaluate is not None:
+                if self._evaluate is not None and self._test is not None:
                     measured = self._evaluate(state.weights, self._test).metrics
                     metrics |= {f"test_{name}": value for name, value in measured.items() if name != "num_examples"}
                 if self._writer is not None:

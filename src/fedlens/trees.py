@@ -1,9 +1,9 @@
 """Pytrees as named leaves: flatten a nested Python value in the order of its own fields, and build it up again.
 
 JAX sorts the keys of a plain `dict`; Google's Federated Language addresses fields by position in the order they were
-written. fedlens therefore walks containers itself: `dict` and other mappings, `list`, `tuple`, `NamedTuple`, dataclasses,
-attrs classes and `None` (an empty container) are nodes, everything else is a leaf. A leaf's path joins the field names
-and positions with "/": `dense/kernel`, `layers/0/bias`.
+written. fedlens therefore walks containers itself: `dict` and other mappings, `list`, `tuple`, `NamedTuple`,
+dataclasses, attrs classes and `None` (an empty container) are nodes, everything else is a leaf. A leaf's path joins the
+field names and positions with "/": `dense/kernel`, `layers/0/bias`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def fields_of(node: object) -> list[tuple[str | None, Any]] | None:
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
     if hasattr(type(node), "__attrs_attrs__"):
-        return [(field.name, getattr(node, field.name)) for field in type(node).__attrs_attrs__]
+        return [(field.name, getattr(node, field.name)) for field in getattr(type(node), "__attrs_attrs__")]  # noqa: B009
     return None
 
 
 def _field_name(key: object) -> str:
     if not isinstance(key, str):
-        raise StructureError(f"Expected the keys of a mapping to be strings, found {key!r} of type {type(key).__name__}.")
+        raise StructureError(f"Expected the keys of a mapping to be strings, found {key!r}, a {type(key).__name__}.")
     return key
 
 
 def build(container: type | None, items: Iterable[tuple[str | None, Any]]) -> Any:
-    """Builds one container of class `container` from its fields; without a class, a dict if they are named, else a tuple.
+    """Builds one container from its fields; without a class, a dict if they are named, else a tuple.
 
     Raises:
       StructureError: `container` is a class that cannot be built from fields.
@@ -81,7 +81,7 @@ def leaves(tree: PyTree) -> list[Any]:
 
 
 def map(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """Applies `function` to each leaf of `tree`, and to the leaves of `rest` in the same places; keeps the containers."""
+    """Applies `function` to each leaf of `tree` and to the leaves of `rest` in the same places; keeps containers."""
     fields = fields_of(tree)
     if fields is None:
         return function(tree, *rest)
@@ -108,19 +108,19 @@ def get(tree: PyTree, path: str) -> Any:
         fields = fields_of(node)
         if fields is None:
             raise KeyError(path)
-        found = [value for position, (name, value) in enumerate(fields) if step == (str(position) if name is None else name)]
-        if not found:
+        by_step = {str(position) if name is None else name: value for position, (name, value) in enumerate(fields)}
+        if step not in by_step:
             raise KeyError(path)
-        node = found[0]
+        node = by_step[step]
     return node
 
 
 def skeleton(tree: PyTree) -> Skeleton:
     """The containers of `tree` as JSON, to rebuild it from its leaves alone.
 
-    A leaf is `null`, a list or tuple a JSON array, everything with named fields an array of [name, skeleton] pairs under
-    "fields", which keeps their order. Classes are not named: what was a NamedTuple or dataclass comes back as a dict,
-    so that nothing which a file says decides which code runs.
+    A leaf is `null`, a list or tuple a JSON array, everything with named fields an array of [name, skeleton] pairs
+    under "fields", which keeps their order. Classes are not named: what was a NamedTuple or dataclass comes back as a
+    dict, so that nothing which a file says decides which code runs.
     """
     fields = fields_of(tree)
     if fields is None:

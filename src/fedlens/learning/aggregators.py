@@ -12,10 +12,11 @@ from typing import Any
 import federated_language as fl
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
-from fedlens.errors import StructureError
+from fedlens.errors import ConfigError
 from fedlens.language import federated_map
 
 # aggregator(update at the clients, weight at the clients) -> update at the server, within a federated computation
@@ -36,14 +37,18 @@ def clip_by_norm(max_norm: float, inner: Aggregator = weighted_mean) -> Aggregat
     """Scales every client's update to an L2 norm of at most `max_norm`, then aggregates with `inner`.
 
     Raises:
-      StructureError: `max_norm` is not positive.
+      ConfigError: `max_norm` is not positive.
     """
     if not max_norm > 0:
-        raise StructureError(f"Expected a norm above 0 to clip to, found {max_norm}.")
+        raise ConfigError(f"Expected a norm above 0 to clip to, found {max_norm}.")
 
     def clip(update: Any) -> Any:
-        norm = optax.tree.norm(update)
-        return jax.tree.map(lambda leaf: leaf * jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30)), update)
+        # The norm is `largest` times that of `update / largest`: the squares of large updates overflow.
+        largest = jnp.maximum(optax.tree.norm(update, ord=jnp.inf), np.finfo(np.float32).tiny)
+        factor = max_norm / largest / optax.tree.norm(jax.tree.map(lambda leaf: leaf / largest, update))
+        # NaN: the update is not finite, and stays as it is, for `on_nonfinite` to find the leaf.
+        factor = jnp.where(jnp.isnan(factor), 1.0, jnp.minimum(factor, 1.0))
+        return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), update)
 
     return lambda update, weight: inner(federated_map(clip, update), weight)
 

@@ -1,7 +1,7 @@
 """Federated averaging, weighted by examples or not; McMahan et al., AISTATS 2017, arXiv:1602.05629.
 
-The server optimizer makes it the generalised form of Reddi et al., "Adaptive Federated Optimization", ICLR 2021: the mean
-update, negated, is the gradient that it is given. The default, SGD with learning rate 1, is plain averaging.
+The server optimizer makes it the generalised form of Reddi et al., "Adaptive Federated Optimization", ICLR 2021: the
+mean update, negated, is the gradient that it is given. The default, SGD with learning rate 1, is plain averaging.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from fedlens import trees
+from fedlens.language.types import leaf_paths
 from fedlens.runtime import ClientValues
+from fedlens.runtime.values import Part
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ class LocalModels:
     def items(self) -> Iterator[tuple[str, LocalModel]]:
         """The client ids with their local models, in cohort order."""
         return ((client_id, self._model(client_id, value)) for client_id, value in self.values.items())
+
+    @property
+    def weights(self) -> ClientValues:
+        """The weights alone, as they were computed: for `build_fed_eval`, or as a cohort of an own computation."""
+        chosen = [place for place, path in enumerate(leaf_paths(self.values.type)) if path.split("/")[0] == "weights"]
+        parts = [Part(part.positions, tuple(part.leaves[place] for place in chosen)) for part in self.values.parts]
+        return ClientValues(self.ids, self.values.type["weights"], parts)
 
     @property
     def stacked(self) -> Any:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from fedlens.errors import StructureError
+
 LOSS, EXAMPLES = "loss", "num_examples"
 
 Sums = Mapping[str, Array]  # metric name -> sum over examples; "num_examples" -> how many
@@ -48,8 +50,18 @@ def sums_of_batch(
     targets: Array,
     mask: Bool[Array, " batch"],
 ) -> dict[str, Array]:
-    """The sums over the examples of one batch, rows that only fill it up left out."""
+    """The sums over the examples of one batch, rows that only fill it up left out.
+
+    Raises:
+      StructureError: a metric does not measure each example.
+    """
     measured = {LOSS: losses, **{metric.name: metric.measure(outputs, targets) for metric in metrics}}
+    for name, values in measured.items():
+        if jnp.shape(values) != mask.shape:  # a mean over the batch would broadcast, and count what only fills it up
+            raise StructureError(
+                f"Expected the metric {name!r} to measure each of {mask.shape[0]} examples of a batch, "
+                f"found the shape {jnp.shape(values)}. Return one number an example; fedlens takes the mean."
+            )
     sums = {name: jnp.where(mask, values, 0).sum(dtype=jnp.float32) for name, values in measured.items()}
     return {**sums, EXAMPLES: mask.sum(dtype=jnp.int32)}
 

@@ -29,8 +29,8 @@ class Model:
     Attributes:
       inputs: the type of one example: a struct with the fields `x` (what the model reads) and `y` (what it should say).
       init: `init(key) -> weights`, a pytree of arrays.
-      apply: `apply(weights, x, key) -> outputs` on a batch; `key` is None when the model is evaluated, and a PRNG key for
-        dropout and the like when it is trained.
+      apply: `apply(weights, x, key) -> outputs` on a batch; `key` is None when the model is evaluated, and a PRNG key
+        for dropout and the like when it is trained.
       loss: `loss(outputs, y) -> losses`, one for each example.
       metrics: what else to measure.
     """
@@ -46,10 +46,10 @@ class Model:
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The mean loss over a batch's examples, and the sums of all metrics over them."""
         losses = self.loss(outputs, targets)
-        if losses.shape != mask.shape:
+        if jnp.shape(losses) != mask.shape:
             raise StructureError(
-                f"Expected a loss for each of {mask.shape[0]} examples of a batch, found the shape {losses.shape}. "
-                "Return one number an example; fedlens takes the mean."
+                f"Expected a loss for each of {mask.shape[0]} examples of a batch, found the shape "
+                f"{jnp.shape(losses)}. Return one number an example; fedlens takes the mean."
             )
         mean = jnp.where(mask, losses, 0).sum() / jnp.maximum(mask.sum(), 1).astype(losses.dtype)
         return mean, metrics_.sums_of_batch(self.metrics, losses, outputs, targets, mask)
@@ -80,9 +80,10 @@ def from_functions(
       metrics: what else to measure.
 
     Raises:
-      StructureError: `inputs` has other fields than `x` and `y`.
+      StructureError: `inputs` has other fields than `x` and `y`, or they are no arrays; two metrics have one name.
     """
-    takes_key = len(inspect.signature(apply).parameters) > 2
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes_key = sum(each.kind in by_position for each in inspect.signature(apply).parameters.values()) > 2
 
     def apply_with_key(weights: Any, x: Array, key: PRNGKeyArray | None) -> Array:
         return apply(weights, x, key) if takes_key else apply(weights, x)
@@ -97,8 +98,8 @@ def from_functions(
 def from_flax(module: Any, *, inputs: Any, loss: Loss, metrics: Sequence[Metric] = ()) -> Model:
     """A model from a `flax.linen` module whose `__call__` takes a batch of `x`.
 
-    A `train` or `training` argument of `__call__` is set to True in training and False in evaluation, `deterministic` the
-    other way round; in training the module has a PRNG stream named "dropout".
+    A `train` or `training` argument of `__call__` is set to True in training and False in evaluation, `deterministic`
+    the other way round; in training the module has a PRNG stream named "dropout".
 
     Args:
       module: the module; its only variables are parameters.
@@ -107,7 +108,7 @@ def from_flax(module: Any, *, inputs: Any, loss: Loss, metrics: Sequence[Metric]
       metrics: what else to measure.
 
     Raises:
-      StructureError: `inputs` has other fields than `x` and `y`, or `module` is not a linen module.
+      StructureError: as for `from_functions`, or `module` is not a linen module.
       UnsupportedError: the module keeps state besides its parameters, such as batch statistics.
     """
     try:
@@ -116,7 +117,7 @@ def from_flax(module: Any, *, inputs: Any, loss: Loss, metrics: Sequence[Metric]
         raise UnsupportedError("Expected the package flax, found none. Install it: pip install flax.") from error
     if not isinstance(module, nn.Module):
         raise StructureError(
-            f"Expected a flax.linen module, found {type(module).__name__}. Use from_functions for other kinds of models."
+            f"Expected a flax.linen module, found {type(module).__name__}. Use from_functions for other models."
         )
     element_type = _element_type(inputs)
     arguments = inspect.signature(type(module).__call__).parameters
@@ -140,6 +141,7 @@ def from_flax(module: Any, *, inputs: Any, loss: Loss, metrics: Sequence[Metric]
             return module.apply({"params": weights}, x, **in_evaluation)
         return module.apply({"params": weights}, x, rngs={"dropout": key}, **in_training)
 
+    jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))  # a module that does not fit is refused here
     return from_functions(init, apply, inputs=element_type, loss=loss, metrics=metrics)
 
 
@@ -151,6 +153,9 @@ def _element_type(inputs: Any) -> fl.StructType:
             f"Expected examples with the fields {INPUT!r} and {TARGET!r}, found {', '.join(map(str, names)) or type_}. "
             "Pass inputs=data.element_type."
         )
+    for name, field in type_.items():
+        if not isinstance(field, fl.TensorType):
+            raise StructureError(f"Expected one array an example in the field {name!r}, found {field}.")
     return type_
 
 

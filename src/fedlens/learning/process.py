@@ -1,8 +1,8 @@
 """`LearningProcess`: rounds of federated learning, as computations of the language with a Python face.
 
-A round is one federated computation of three arguments: the server's state, a PRNG key for each client, and the clients'
-batches. `next` derives the keys, so that what a client computes depends on its id, its data, the round and the state, and
-on nothing else.
+A round is one federated computation of three arguments: the server's state, a PRNG key for each client, and the
+clients' batches. `next` derives the keys, so that what a client computes depends on its id, its data, the round and the
+state, and on nothing else.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class LearningProcess:
           cohort: who takes part.
 
         Returns:
-          The new state and the metrics of the round; and, after `with_local_models()`, the `LocalModels`. Metrics are loss
-          and the model's metrics as means over all examples, `num_examples`, `num_clients` (who took part with examples),
-          `clients_without_examples`, `clients_dropped`.
+          The new state and the metrics of the round; and, after `with_local_models()`, the `LocalModels`. Metrics are
+          loss and the model's metrics as means over all examples, `num_examples`, `num_clients` (who took part with
+          examples), `clients_without_examples`, `clients_dropped`.
 
         Raises:
           CohortError: the clients' data are not what the model reads.
@@ -105,6 +105,8 @@ class LearningProcess:
 
     def with_local_models(self) -> LearningProcess:
         """The same process, whose `next` returns `(state, metrics, local_models)`; states and metrics stay the same."""
+        if self.hands_out_local_models:
+            return self  # and keep what is compiled
         return replace(self, next_computation=self.build_next(True), hands_out_local_models=True)
 
     def get_model_weights(self, state: ServerState) -> Any:

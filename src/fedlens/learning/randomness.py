@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray, UInt32
 
+from fedlens.errors import ConfigError
 from fedlens.runtime.columns import bucket
 
 IMPLEMENTATION = "threefry2x32"  # said everywhere: the default of JAX is the user's to change, results are not
@@ -18,8 +20,17 @@ KeyData = UInt32[np.ndarray, "2"]  # what a key is in the language, which has no
 
 
 def run_key(seed: int) -> KeyData:
-    """The key of a run."""
-    return np.asarray(jax.random.key_data(jax.random.key(seed, impl=IMPLEMENTATION)))
+    """The key of a run; every seed has another one.
+
+    Raises:
+      ConfigError: `seed` is not an integer of 64 bits.
+    """
+    try:
+        number = np.int64(operator.index(seed))
+    except (TypeError, OverflowError):
+        raise ConfigError(f"Expected a seed from -2**63 to 2**63 - 1, found {seed!r}.") from None
+    with jax.enable_x64(True):  # 32 bits would make one key of the seeds 0 and 2**32
+        return np.asarray(jax.random.key_data(jax.random.key(number, impl=IMPLEMENTATION)))
 
 
 def as_key(data: UInt32[jax.Array, "2"]) -> PRNGKeyArray:
