@@ -351,3 +351,17 @@ def test_a_bar_on_a_terminal():
         display.round_done(REPORT)
     assert re.search(r"round\s+5/20.*loss 0\.1235", stream.getvalue())
     assert "\n\n" not in stream.getvalue()
+
+
+def test_data_that_the_model_does_not_read_is_refused_before_a_ledger_exists(tmp_path):
+    model = fed.models.from_functions(
+        init=lambda key: {"w": jnp.zeros(2)},
+        apply=lambda weights, x: x @ weights["w"],
+        inputs={"x": np.zeros(2, np.float32), "y": np.float32(0)},
+        loss=fed.losses.squared_error,
+    )
+    process = fed.learning.build_weighted_fed_avg(model, optax.sgd(0.1))
+    data = fed.data.FederatedData.from_clients({"ann": {"x": np.zeros((3, 5), np.float32), "y": np.zeros(3, np.float32)}})
+    with pytest.raises(fed.CohortError, match=r"Expected examples with float32\[2\] in field 'x', found float32\[5\]"):
+        fed.run(process, data, rounds=1, ledger=tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()

@@ -86,7 +86,8 @@ def run(
     plan = _Plan.of(rounds, seed, clients_per_round)
     if config is not None and _STUDY in config:
         raise ConfigError(f"Expected a config without the key {_STUDY!r}, which fed.run fills, found one. Rename it.")
-    data.cohort(0, clients_per_round=clients_per_round, seed=seed)  # refuses what does not fit before a ledger exists
+    # What does not fit is refused before a ledger exists.
+    process.check(data.cohort(0, clients_per_round=clients_per_round, seed=seed))
     state = process.initialize(seed)
     if ledger is None:
         return _Study(process, data, plan, test, None, progress, on_round).go(state, [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import federated_language as fl
@@ -38,6 +38,7 @@ class FederatedEvaluation:
     model: Model
     of_global_model: framework.ConcreteComputation
     of_local_models: framework.ConcreteComputation
+    _on_examples: dict[tuple[str, str], framework.ConcreteComputation] = field(default_factory=dict, repr=False)
 
     def __call__(self, weights: Any, cohort: Cohort) -> Evaluation:
         """Evaluates weights on what each client holds.
@@ -54,7 +55,11 @@ class FederatedEvaluation:
         self, weights: ClientValues, x: Shaped[np.ndarray, "examples *x"], y: Shaped[np.ndarray, "examples *y"]
     ) -> dict[str, dict[str, float]]:
         """Evaluates each client's own model on the same examples; client id -> loss, metrics and `num_examples`."""
-        computation = _on_shared_examples(self.model, weights.type, type_of({INPUT: x, TARGET: y}))
+        examples_type = type_of({INPUT: x, TARGET: y})
+        key = str(weights.type), str(examples_type)
+        if key not in self._on_examples:
+            self._on_examples[key] = _on_shared_examples(self.model, weights.type, examples_type)
+        computation = self._on_examples[key]
         values = current_context().run(computation, (weights, {INPUT: x, TARGET: y})).value
         return {client_id: _numbers(value) for client_id, value in values.items()}
 

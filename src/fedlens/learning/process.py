@@ -20,7 +20,7 @@ from fedlens.learning.metrics import EXAMPLES, LOSS
 from fedlens.learning.models import Model
 from fedlens.learning.randomness import client_keys, run_key
 from fedlens.runtime import Cohort, current_context
-from fedlens.runtime.arguments import as_cohort
+from fedlens.runtime.arguments import as_cohort, column_of
 from fedlens.runtime.engine import OnNonFinite
 from fedlens.runtime.values import of_array
 
@@ -102,6 +102,15 @@ class LearningProcess:
         if not local:
             return new_state, metrics
         return new_state, metrics, LocalModels(local[0], state.weights)
+
+    def check(self, cohort: Cohort) -> None:
+        """Checks, without computing anything, that the clients hold what the model reads.
+
+        Raises:
+          CohortError: they do not; field or client and leaf are named.
+        """
+        data_type = self.next_computation.type_signature.parameter[2]
+        column_of(as_cohort(cohort, "cohort"), data_type.member)
 
     def with_local_models(self) -> LearningProcess:
         """The same process, whose `next` returns `(state, metrics, local_models)`; states and metrics stay the same."""
