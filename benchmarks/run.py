@@ -2,8 +2,8 @@
 
     python benchmarks/run.py --workload W1|W2|W4 [--capture]
 
-A round's time is that of `fed.run`: it includes drawing and packing the cohort, metrics, and with --capture handing every
-client's local model to the ledger's writer, which holds at most two rounds back.
+A round's time is that of `fed.run`: it includes drawing and packing the cohort, metrics, and with --capture handing
+every client's local model to the ledger's writer, which holds at most two rounds back.
 """
 
 from __future__ import annotations

@@ -361,7 +361,9 @@ def test_data_that_the_model_does_not_read_is_refused_before_a_ledger_exists(tmp
         loss=fed.losses.squared_error,
     )
     process = fed.learning.build_weighted_fed_avg(model, optax.sgd(0.1))
-    data = fed.data.FederatedData.from_clients({"ann": {"x": np.zeros((3, 5), np.float32), "y": np.zeros(3, np.float32)}})
+    data = fed.data.FederatedData.from_clients(
+        {"ann": {"x": np.zeros((3, 5), np.float32), "y": np.zeros(3, np.float32)}}
+    )
     with pytest.raises(fed.CohortError, match=r"Expected examples with float32\[2\] in field 'x', found float32\[5\]"):
         fed.run(process, data, rounds=1, ledger=tmp_path / "new", progress=False)
     assert not (tmp_path / "new").exists()

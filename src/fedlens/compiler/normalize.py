@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import federated_language as fl
 from federated_language import framework
 
 from fedlens.errors import UnsupportedError
 
-Block = framework.ComputationBuildingBlock
+Block: TypeAlias = framework.ComputationBuildingBlock
 PARAMETER = "arg"
 
 
@@ -42,9 +43,9 @@ class _Fields:
     values: tuple[_Value, ...]
 
 
-# A value is a closure, a struct of values, or a building block that stands for itself: a reference to an emitted call or
+# A value is a _Closure, a _Fields, or a Block that stands for itself: a reference to an emitted call or
 # to the parameter, a selection from one, a literal, a placement, an intrinsic, a local computation.
-_Value = _Closure | _Fields | Block
+_Value: TypeAlias = Any
 
 
 class _Emitter:
@@ -78,7 +79,8 @@ def normalize(computation: fl.Computation | Block) -> framework.Lambda:
     Raises:
       UnsupportedError: the computation contains a building block that fedlens does not know.
     """
-    block = computation if isinstance(computation, Block) else Block.from_proto(computation.to_proto())
+    is_block = isinstance(computation, framework.ComputationBuildingBlock)
+    block = computation if is_block else Block.from_proto(computation.to_proto())
     counter = iter(range(1 << 62))
     emitter = _Emitter(counter)
     function = _evaluate(block, {}, emitter)

@@ -1,22 +1,23 @@
 """Plans: a normal form grouped into stages, each of which needs the cohort once.
 
-Calls are placed at the server or at the clients. A reduction (sum, mean) turns what clients computed into a server value
-and so ends a pass over the cohort; a broadcast starts one. Every call is put into the earliest pass that its operands
-allow, which gives the fewest passes: server stage 0, client stage 0, server stage 1, client stage 1, ... A client stage
-maps, fused, and reduces in one pass; clients-placed values that a later stage or the result needs are its outputs, and
-become further columns of the cohort there.
+Calls are placed at the server or at the clients. A reduction (sum, mean) turns what clients computed into a server
+value and so ends a pass over the cohort; a broadcast starts one. Every call is put into the earliest pass that its
+operands allow, which gives the fewest passes: server stage 0, client stage 0, server stage 1, client stage 1, ... A
+client stage maps, fused, and reduces in one pass; clients-placed values that a later stage or the result needs are its
+outputs, and become further columns of the cohort there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import federated_language as fl
 from federated_language import framework
 
 from fedlens.compiler.normalize import PARAMETER, Block, normalize, referenced_names
 from fedlens.errors import UnsupportedError
+from fedlens.language.types import tensor_types
 
 AT_CLIENTS = {"federated_map", "federated_map_all_equal", "federated_eval_at_clients", "federated_zip_at_clients"}
 SHARED = {
@@ -30,7 +31,7 @@ LOCAL_CALL = "local"
 
 @dataclass(frozen=True)
 class Input:
-    """A part of the argument that a plan reads: one federated value, or a value without placement.
+    """A part of the argument: one federated value, or a value without placement.
 
     Attributes:
       name: how steps refer to it, such as `arg[0]`.
@@ -106,7 +107,7 @@ class Plan:
     """What to run, in order, and how the result is put together.
 
     Attributes:
-      inputs: the parts of the argument that are read.
+      inputs: the parts of the argument that are read, and all clients-placed ones, in the order of the argument.
       stages: server and client stages in the order of execution.
       result: a building block over the names of inputs and steps.
       placements: for each name, whether a value of it is per client ("clients"), or one ("server").
@@ -140,25 +141,45 @@ def plan_normal_form(normal_form: framework.Lambda, parameter_type: fl.Type | No
     inputs = _Inputs(parameter_type if parameter_type is not None else normal_form.parameter_type)
     steps = [_step(name, call, inputs) for name, call in calls]
     result = inputs.rename(result)
-    return _group(steps, result, tuple(inputs.found.values()))
+    inputs.take_cohorts()
+    in_order = tuple(sorted(inputs.found.values(), key=lambda each: each.path))
+    named: tuple[Input | Step, ...] = (*in_order, *steps)
+    for each in named:
+        if any(tensor.dtype.kind in "US" for tensor in tensor_types(each.type)):
+            raise UnsupportedError(
+                f"Expected values made of numbers, found strings in {each.name}, of type {each.type}."
+            )
+    return _group(steps, result, in_order)
 
 
 class _Inputs:
-    """Gives each part of the parameter that is referred to a name of its own."""
+    """Gives each part of the parameter that a plan reads a name of its own."""
 
     def __init__(self, parameter_type: fl.Type | None):
         self._parameter_type = parameter_type
         self.found: dict[str, Input] = {}
 
+    def take_cohorts(self) -> None:
+        """Adds the clients-placed parts that nothing refers to: they too say who takes part."""
+        parts: list[tuple[tuple[int, ...], fl.Type]] = [((), self._parameter_type)]
+        while parts:
+            path, type_ = parts.pop()
+            if isinstance(type_, fl.StructType):
+                parts += [((*path, index), field) for index, (_, field) in enumerate(type_.items())]
+            elif isinstance(type_, fl.FederatedType):
+                unread = Input(_name_of(path), path, type_)
+                if unread.at_clients:
+                    self.found.setdefault(unread.name, unread)
+
     def rename(self, block: Block) -> Block:
         """`block` with references to federated (or unplaced) parts of the parameter under the names of `found`."""
         path = _parameter_path(block)
         if path is not None:
-            type_ = self._parameter_type
+            type_: Any = self._parameter_type
             for index in path:
                 type_ = type_[index]
             if not _holds_federated_fields(type_):
-                name = PARAMETER + "".join(f"[{index}]" for index in path)
+                name = _name_of(path)
                 self.found[name] = Input(name, path, type_)
                 return framework.Reference(name, block.type_signature)
             return framework.Struct(
@@ -184,6 +205,10 @@ class _Inputs:
         return block
 
 
+def _name_of(path: tuple[int, ...]) -> str:
+    return PARAMETER + "".join(f"[{index}]" for index in path)
+
+
 def _parameter_path(block: Block) -> tuple[int, ...] | None:
     if isinstance(block, framework.Reference):
         return () if block.name == PARAMETER else None
@@ -201,12 +226,27 @@ def _holds_federated_fields(type_: fl.Type) -> bool:
 
 def _step(name: str, call: framework.Call, inputs: _Inputs) -> Step:
     operand = None if call.argument is None else inputs.rename(call.argument)
+    if operand is not None:
+        _refuse_intrinsics_in(operand)
     if isinstance(call.function, framework.Intrinsic):
         operation = call.function.uri
         if operation not in AT_CLIENTS | SHARED | AT_SERVER | REDUCTIONS:
-            raise UnsupportedError(f"Expected an intrinsic that fedlens executes, found {operation!r}.")
+            raise _unsupported(operation)
         return Step(name, operation, operand, call.type_signature)
     return Step(name, LOCAL_CALL, operand, call.type_signature, call.function)
+
+
+def _refuse_intrinsics_in(block: Block) -> None:
+    """Refuses intrinsics inside of the functions that intrinsics take: those run at one place."""
+    if isinstance(block, framework.Intrinsic):
+        raise _unsupported(block.uri)
+    for child in block.children():
+        _refuse_intrinsics_in(child)
+
+
+def _unsupported(uri: str) -> UnsupportedError:
+    hint = " Use a fed.jax_computation, which gets a fed.Sequence." if uri.startswith("sequence_") else ""
+    return UnsupportedError(f"Expected an intrinsic that fedlens executes, found {uri!r}.{hint}")
 
 
 def _group(steps: list[Step], result: Block, inputs: tuple[Input, ...]) -> Plan:

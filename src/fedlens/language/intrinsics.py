@@ -14,7 +14,8 @@ from fedlens.language.jax_computation import jax_computation
 def federated_map(fn: Any, arg: Any) -> fl.Value:
     """Maps `fn` over the constituents of a federated value, at the place where the value is.
 
-    The operator of `federated_language`, which also takes a plain Python callable here and wraps it in `jax_computation`.
+    The operator of `federated_language`, which also takes a plain Python callable here and wraps it in
+    `jax_computation`.
 
     Args:
       fn: a computation of one argument, or a function of JAX operations.

@@ -68,8 +68,8 @@ Types may be given, or are inferred when the computation is called or mapped:
   ...     return vector * factor
 
 The function is traced: it sees arrays without values, in the containers of its type, and a `fed.Sequence` for each
-sequence. Its result's shapes and dtypes come from `jax.eval_shape`. It is traced with 64-bit types when its parameter has
-64-bit leaves, and without them otherwise.
+sequence. Its result's shapes and dtypes come from `jax.eval_shape`. It is traced with 64-bit types when its parameter
+has 64-bit leaves, and without them otherwise.
 
 Args:
   *args: a function, or types, or a function followed by types, as for `fed.federated_computation`.

@@ -1,8 +1,8 @@
 """Local computations: Python functions of JAX operations with a type, and how the language carries them.
 
-The language's intermediate representation holds a local computation as an opaque payload. In process fedlens's payload is a
-key into a registry of the functions themselves, so nothing is serialised and a map over clients can be traced together
-with the code around it. A key means nothing in another process: reading one there is an error that says so.
+The language's intermediate representation holds a local computation as an opaque payload. In process fedlens's payload
+is a key into a registry of the functions themselves, so nothing is serialised and a map over clients can be traced
+together with the code around it. A key means nothing in another process: reading one there is an error that says so.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class LocalComputation:
 
     Attributes:
       name: the name of the Python function, for errors and plans.
-      function: takes the argument in its containers (or nothing, without a parameter type), returns the result in its own.
+      function: takes the argument in its containers (or nothing, without a parameter type), returns the result in its
+        own.
       type_signature: parameter (or None) and result, with containers.
       wide: whether it runs with 64-bit types; JAX narrows them otherwise.
     """
@@ -50,19 +51,20 @@ class LocalComputation:
           LanguageError: a gradient through `Sequence.reduce`.
         """
         with jax.enable_x64(self.wide):
-            parameter = self.type_signature.parameter
-            try:
-                result = (
-                    self.function() if parameter is None else self.function(from_positional(positional[0], parameter))
-                )
-            except ValueError as error:
-                if "Reverse-mode differentiation does not work for lax.while_loop" not in str(error):
-                    raise
-                raise LanguageError(
-                    f"Expected {self.name!r} to differentiate inside the step of sequence.reduce, found a gradient taken "
-                    "through reduce: a fold over an unknown number of batches has none. Move jax.grad into the step."
-                ) from error
+            result = _call(self.name, self.function, self.type_signature.parameter, positional)
             return _positional_result(result, self.type_signature.result)
+
+
+def _call(name: str, function: Callable[..., Any], parameter: fl.Type | None, positional: tuple[Any, ...]) -> Any:
+    try:
+        return function() if parameter is None else function(from_positional(positional[0], parameter))
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work for lax.while_loop" not in str(error):
+            raise
+        raise LanguageError(
+            f"Expected {name!r} to differentiate inside the step of sequence.reduce, found a gradient taken "
+            "through reduce: a fold over an unknown number of batches has none. Move jax.grad into the step."
+        ) from error
 
 
 def make_local_computation(name: str, function: Callable[..., Any], parameter: fl.Type | None) -> LocalComputation:
@@ -86,8 +88,8 @@ def make_local_computation(name: str, function: Callable[..., Any], parameter: f
         if tensor.dtype.kind in "US":
             raise UnsupportedError(f"Expected numbers as arguments of a JAX computation, found {tensor} in {name!r}.")
     wide = is_wide(parameter)
-    result_type, returns_wide_numpy = _infer_result(name, function, parameter, wide)
-    if returns_wide_numpy and not wide:  # a NumPy constant of 64 bits: tracing it narrow would change its value
+    result_type, returns_wide_constant = _infer_result(name, function, parameter, wide)
+    if returns_wide_constant and not wide:  # tracing a constant of 64 bits narrow would change its value
         wide = True
         result_type, _ = _infer_result(name, function, parameter, wide)
     return LocalComputation(name, function, fl.FunctionType(parameter, result_type), wide)
@@ -99,22 +101,27 @@ def _infer_result(
     found: list[tuple[fl.Type, bool]] = []
 
     def traced(*positional: Any) -> list[jax.Array]:
-        result = function() if parameter is None else function(from_positional(positional[0], parameter))
-        leaves = trees.leaves(result)
-        if result is None or not leaves:
-            raise LanguageError(f"Expected {name!r} to return at least one array, found {result!r}.")
-        if any(isinstance(leaf, Sequence) for leaf in leaves):
+        result = _call(name, function, parameter, positional)
+        if _holds_sequence(result):
             raise LanguageError(f"Expected {name!r} to return arrays, found a sequence. Fold it with sequence.reduce.")
-        found.append((type_of(result), any(_is_wide_numpy(leaf) for leaf in leaves)))
-        return [jnp.asarray(leaf) for leaf in leaves]
+        leaves = trees.leaves(result)
+        if not leaves:
+            raise LanguageError(f"Expected {name!r} to return at least one array, found {result!r}.")
+        wide_constant = any(_is_wide_constant(leaf) for leaf in leaves)
+        found.append((type_of(result), wide_constant))
+        return [] if wide_constant and not wide else [jnp.asarray(leaf) for leaf in leaves]
 
     with jax.enable_x64(wide):
         jax.eval_shape(traced, *(() if parameter is None else (abstract_value(parameter),)))
     return found[-1]
 
 
-def _is_wide_numpy(leaf: object) -> bool:
-    return isinstance(leaf, np.ndarray | np.generic) and is_wide(type_of(leaf))
+def _holds_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) or any(_holds_sequence(child) for _, child in trees.fields_of(value) or ())
+
+
+def _is_wide_constant(leaf: object) -> bool:
+    return isinstance(leaf, np.ndarray | np.generic | int) and is_wide(type_of(leaf))
 
 
 def _positional_result(result: Any, type_: fl.Type) -> Any:
@@ -139,7 +146,7 @@ def abstract_value(type_: fl.Type) -> Any:
 
 
 class _Registry:
-    """Local computations by key, for the life of the process: a computation's proto can outlive every other reference."""
+    """Local computations by key, for the life of the process: a proto can outlive every other reference."""
 
     def __init__(self) -> None:
         self._entries: dict[str, LocalComputation] = {}
@@ -189,7 +196,7 @@ def from_proto(proto: computation_pb2.Computation) -> LocalComputation:
 
 
 def batch_type(element_type: fl.Type, batch_size: int) -> fl.StructType:
-    """The type of a batch of examples: each field gains a leading dimension, and a field `mask` says which rows are real.
+    """The type of a batch: each field gains a leading dimension, and a field `mask` says which rows are examples.
 
     Example:
       >>> str(batch_type(fl.StructType([("x", fl.TensorType(np.float32, (4,))), ("y", np.int32)]), 20))

@@ -2,8 +2,8 @@
 
 A local computation whose argument has a `SequenceType` receives a `Sequence` and folds over it: `sequence.reduce(zero,
 step)`. Under the `local` engine that is one `while_loop` with the client's own number of batches, so a client with few
-examples costs what it holds; under `debug` it is a Python loop. Batches are never laid out in memory: a batch is gathered
-from the client's rows when the loop reaches it, in an order that `shuffle` draws from the client's key.
+examples costs what it holds; under `debug` it is a Python loop. Batches are never laid out in memory: a batch is
+gathered from the client's rows when the loop reaches it, in an order that `shuffle` draws from the client's key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from fedlens.errors import LanguageError
 from fedlens.language.types import from_positional
@@ -71,9 +71,9 @@ class Sequence:
       transforms: functions applied to each batch, by `map`.
     """
 
-    leaves: tuple[Shaped[Array, "rows *leaf"], ...]
-    start: Int[Array, ""] | int
-    num_rows: Int[Array, ""] | int
+    leaves: tuple[Any, ...]  # [rows, *leaf]; these and the numbers are traced, or concrete in the debug engine
+    start: Any
+    num_rows: Any
     order: Int[Array, " max_rows"] | None
     layout: SequenceLayout
     transforms: tuple[Callable[[Any], Any], ...] = field(default=())
@@ -124,7 +124,7 @@ class Sequence:
         return self.reduce(zero, lambda total, batch: jax.tree.map(jnp.add, total, batch))
 
     def shuffle(self, key: PRNGKeyArray) -> Sequence:
-        """The same rows in a random order, drawn uniformly from `key`; where a row is a whole batch, batches trade places.
+        """The same rows in a random order, drawn uniformly from `key`; rows that are whole batches trade places.
 
         The order depends on the key and the client's number of rows alone, not on the rows that other clients have.
         """
@@ -136,15 +136,11 @@ class Sequence:
     def batch(self, position: Int[Array, ""] | int) -> Any:
         """The batch at `position`, in the containers of its type."""
         size = self.layout.rows_per_batch
-        if size is None:
-            places = jnp.asarray(position, jnp.int32)
-            is_example = None
-        else:
-            first = position * size
-            places = first + np.arange(size, dtype=np.int32)
-            is_example = places < self.num_rows
-            # Rows that fill up the last batch repeat a row of the same client: never another client's data.
-            places = jnp.where(is_example, places, first)
+        first = position * (size or 1)
+        places = jnp.asarray(first if size is None else first + np.arange(size), jnp.int32)
+        is_example = places < self.num_rows
+        # Rows that fill up the last batch repeat a row of the same client: never another client's data.
+        places = jnp.where(is_example, places, first)
         rows = self.start + (places if self.order is None else self.order[places])
         leaves = [jnp.asarray(leaf).at[rows].get(mode="promise_in_bounds") for leaf in self.leaves]
         if self.layout.masked:
@@ -163,17 +159,17 @@ def _nest(type_: fl.Type, leaves: Iterator[Any]) -> Any:
 
 def _checked(step: Callable[[State, Any], State], zero: State) -> Callable[[State, Any], State]:
     """`step`, refusing a state that is not of the kind it was given: a while loop's own error names neither."""
+    structure: Any = jax.tree.structure(zero)
     expected = jax.tree.map(jnp.shape, zero), jax.tree.map(jnp.result_type, zero)
 
     def checked(state: State, batch: Any) -> State:
         result = step(state, batch)
-        try:
-            result = jax.tree.map(lambda leaf, old: _as_kind_of(old, leaf), result, state)
-        except ValueError:
+        if structure != jax.tree.structure(result):
             raise LanguageError(
                 "Expected the step of sequence.reduce to return a state of the structure of its zero, "
-                f"{jax.tree.structure(zero)}, found {jax.tree.structure(result)}."
-            ) from None
+                f"{structure}, found {jax.tree.structure(result)}."
+            )
+        result = jax.tree.map(lambda leaf, old: _as_kind_of(old, leaf), result, state)
         found = jax.tree.map(jnp.shape, result), jax.tree.map(jnp.result_type, result)
         if found != expected:
             raise LanguageError(

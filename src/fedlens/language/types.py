@@ -1,7 +1,7 @@
 """Python values and language types: infer the one from the other, and translate values for the compiler.
 
-Inside the compiler and the runtime a value is *positional*: a struct is a tuple of its fields in the order of its type, a
-tensor is an array, a sequence is a `Sequence`. Containers (dict, NamedTuple, dataclass, ...) exist only at the edges,
+Inside the compiler and the runtime a value is *positional*: a struct is a tuple of its fields in the order of its type,
+a tensor is an array, a sequence is a `Sequence`. Containers (dict, NamedTuple, dataclass, ...) exist only at the edges,
 where a user's function is called and where a result is handed out; `StructWithPythonType` remembers them.
 """
 

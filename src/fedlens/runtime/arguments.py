@@ -31,7 +31,8 @@ def as_cohort(value: object, name: str) -> Cohort:
         return Cohort(value)
     hint = " Wrap the mapping: fed.Cohort({...})." if isinstance(value, Mapping) else ""
     raise CohortError(
-        f"Expected a fed.Cohort, client values or a list for the clients-placed argument {name}, found {describe(value)}.{hint}"
+        f"Expected a fed.Cohort, client values or a list for the clients-placed argument {name}, "
+        f"found {describe(value)}.{hint}"
     )
 
 
@@ -157,7 +158,8 @@ def _column_of_examples(
 ) -> SequenceColumn:
     if not isinstance(type_, fl.SequenceType) or not isinstance(type_.element, fl.StructType):
         raise CohortError(
-            f"Expected a cohort of values of type {type_}, found examples of a data set: they come as sequences of batches."
+            f"Expected a cohort of values of type {type_}, found examples of a data set. "
+            "They come as sequences of batches."
         )
     fields = list(type_.element.items())
     names = [name for name, _ in fields]
@@ -176,7 +178,8 @@ def _column_of_examples(
         column = examples.columns.get(name) if name is not None else None
         if column is None:
             raise CohortError(
-                f"Expected a data set with the fields {', '.join(map(str, names))}, found {', '.join(examples.columns)}."
+                f"Expected a data set with the fields {', '.join(map(str, names))}, "
+                f"found {', '.join(examples.columns)}."
             )
         if column.dtype != tensor.dtype or column.shape[1:] != tuple(tensor.shape[1:]):
             expected, found = (
@@ -193,7 +196,8 @@ def _column_of_examples(
         client_id = ids[position if order is None else int(order[position])]
         raise CohortError(
             f"Expected a multiple of {size} examples, because batches of type {type_.element} have no mask, "
-            f"found {lengths[position]} in client {client_id!r}. Use fed.batch_type(element_type, {size}), which adds a mask."
+            f"found {lengths[position]} in client {client_id!r}. "
+            f"Use fed.batch_type(element_type, {size}), which adds a mask."
         )
     return SequenceColumn(type_.element, tuple(leaves), starts, lengths, rows_per_batch=size, masked=masked)
 

@@ -1,8 +1,8 @@
 """The participants of one call: an ordered set of client ids, and the data that each of them holds.
 
-A cohort carries values as the user has them: one Python value a client, stacked arrays that an earlier call returned, or
-`Examples` of a federated data set. Which arrays a computation is fed is decided when the cohort meets the computation's
-type (`fedlens.runtime.columns`), so one cohort serves computations with different batch sizes.
+A cohort carries values as the user has them: one Python value a client, stacked arrays that an earlier call returned,
+or `Examples` of a federated data set. Which arrays a computation is fed is decided when the cohort meets the
+computation's type (`fedlens.runtime.columns`), so one cohort serves computations with different batch sizes.
 """
 
 from __future__ import annotations

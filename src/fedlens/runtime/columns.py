@@ -1,9 +1,9 @@
 """Columns: one clients-placed value of a cohort, laid out so that a program can walk over the clients.
 
-A column knows its values by position in the cohort. `value` gives one of them eagerly, for the debug engine; `pack` lays
-out the values of some clients for each device, in compressed sparse rows where clients hold sequences, so that ragged
-clients cost what they hold. Capacities are rounded up to a geometric ladder (12.5 % apart): cohorts of different sizes
-then share compiled programs.
+A column knows its values by position in the cohort. `value` gives one of them eagerly, for the debug engine; `pack`
+lays out the values of some clients for each device, in compressed sparse rows where clients hold sequences, so that
+ragged clients cost what they hold. Capacities are rounded up to a geometric ladder (12.5 % apart): cohorts of different
+sizes then share compiled programs.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class _StructReader:
 
 
 def bucket(count: int) -> int:
-    """The capacity for `count` things: the next of 1 ... 8, then 9, 10, ... 16, 18, 20, ... 32, 36, ...; at most 12.5 % more."""
+    """The capacity for `count` things, at most 12.5 % more: 1 to 8, then 9, 10, ... 16, 18, 20, ... 32, 36, ..."""
     if count <= 8:
         return max(count, 1)
     step = 1 << ((count - 1).bit_length() - 4)

@@ -1,7 +1,7 @@
 """The context: where the call of a computation becomes a run of its plan.
 
-`federated_language` leaves the execution of a computation to the context at the top of a thread-local stack. fedlens's own
-context is what runs when no other was set, in every thread; `use` puts another engine in place for a while.
+`federated_language` leaves the execution of a computation to the context at the top of a thread-local stack. fedlens's
+own context is what runs when no other was set, in every thread; `use` puts another engine in place for a while.
 """
 
 from __future__ import annotations
@@ -308,8 +308,8 @@ def use(engine: str | Engine) -> Iterator[Context]:
 def become_default() -> None:
     """Makes fedlens's context the one that runs where no other was set.
 
-    The language's context stack is thread-local, so setting a default would serve one thread only. All threads start with
-    one and the same context object that refuses to run anything; that object is taught to run things.
+    The language's context stack is thread-local, so setting a default would serve one thread only. All threads start
+    with one and the same context object that refuses to run anything; that object is taught to run things.
     """
     found: list[Any] = []
     fresh = threading.Thread(target=lambda: found.append(framework.get_context_stack().current))

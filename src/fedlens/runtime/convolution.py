@@ -1,7 +1,7 @@
-"""Convolutions lowered for CPU as matrix products: XLA:CPU runs the gradient of a convolution's kernel naively.
+"""Convolutions lowered for CPU as matrix products: inside loops, XLA:CPU runs them as scalar loops.
 
-The rule is for `lax.conv_general_dilated_p`, which gradients and batched convolutions are again. The products themselves
-are in `convolution_forms`.
+The rule is for `lax.conv_general_dilated_p`, which gradients and batched convolutions are again. The products are in
+`convolution_forms`.
 """
 
 from __future__ import annotations

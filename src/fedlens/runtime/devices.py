@@ -1,8 +1,9 @@
 """Which devices compute: every accelerator, or one CPU device for each core.
 
-XLA runs one client's small operations on one core, so on a CPU clients are spread over devices: with one device for each
-of two cores a cohort took 2.3 times less than with one device, which left a core idle. JAX fixes the number of CPU devices
-when it first computes, so fedlens asks for them when its runtime is imported, and leaves a setting of the user's alone.
+XLA runs one client's small operations on one core, so on a CPU clients are spread over devices: with one device for
+each of two cores a cohort took 2.3 times less than with one device, which left a core idle. JAX fixes the number of CPU
+devices when it first computes, so fedlens asks for them when its runtime is imported, and leaves a setting of the
+user's alone.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def compute_devices() -> tuple[jax.Device, ...]:
     devices = tuple(jax.local_devices())
     if devices[0].platform == "cpu" and len(devices) == 1 < available_cores() and jax.config.jax_num_cpu_devices <= 0:
         warnings.warn(
-            f"Expected one CPU device for each of {available_cores()} cores, found one: JAX was started before fedlens. "
+            f"Expected one CPU device for each of {available_cores()} cores, found one: JAX started before fedlens. "
             "Clients run on one core. Import fedlens.runtime before the first JAX operation, "
             f"or set JAX_NUM_CPU_DEVICES={available_cores()}.",
             PerformanceWarning,

@@ -39,8 +39,8 @@ class StageCohort:
     def chunks(self, stage: ClientStage) -> list[Int[np.ndarray, " clients"]]:
         """The positions of the clients, in the pieces in which they are computed.
 
-        Where a chunk ends depends on the cohort and the stage alone, never on the engine: partial sums are then the same
-        whoever computes them. A chunk's inputs and outputs fit in 512 MiB.
+        Where a chunk ends depends on the cohort and the stage alone, never on the engine: partial sums are then the
+        same whoever computes them. A chunk's inputs and outputs fit in 512 MiB.
         """
         size = self.chunk_size
         if size is None:
@@ -66,7 +66,8 @@ class StageResult:
     dropped: Int[np.ndarray, " dropped"]
 
 
-# Takes a chunk's outputs as soon as they are computed: step name -> parts, while the engine goes on with the next chunk.
+# Takes a chunk's outputs as soon as they are computed: step name -> parts, while the engine goes on with the next
+# chunk.
 Sink = Callable[[Mapping[str, list[Part]]], None]
 
 
@@ -113,8 +114,8 @@ def check_finite(
         more = f" ({len(rows) - 1} more clients too)" if len(rows) > 1 else ""
         raise NonFiniteError(
             f"Expected finite values to aggregate, found infinity or NaN in client {ids[rows[0]]!r}, "
-            f"leaf {', '.join(map(repr, dict.fromkeys(bad)))}, client stage {stage.index}{more}. Lower the client's learning rate or look "
-            'at its data; on_nonfinite="drop" leaves such clients out and counts them.'
+            f"leaf {', '.join(map(repr, dict.fromkeys(bad)))}, client stage {stage.index}{more}. Lower the client's "
+            'learning rate or look at its data; on_nonfinite="drop" leaves such clients out and counts them.'
         )
     return rows
 

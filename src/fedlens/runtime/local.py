@@ -2,8 +2,8 @@
 
 Clients are dealt to devices, largest first; each device walks over its share in one loop whose body is the fused stage:
 all maps, the reductions' accumulation, and the writing of outputs into their rows. A loop, not a batch over clients: on
-two CPU cores `vmap` over clients was five times slower for a 200-unit MLP. The trip count is the share's own, so padding
-costs memory and no time. `shard_map(check_vma=False)`, as a user's own `scan` inside would fail the check.
+two CPU cores `vmap` over clients was five times slower for a 200-unit MLP. The trip count is the share's own, so
+padding costs memory and no time. `shard_map(check_vma=False)`, as a user's own `scan` inside would fail the check.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class Local:
         """Deals a chunk's clients to devices, largest first to the least loaded; each share in cohort order."""
         count = len(self.devices)
         costs = [cohort.columns[name].costs()[chunk] for name in stage.columns]
-        cost = np.max(costs, axis=0) if costs else np.ones(len(chunk), np.int64)
-        if count == 1 or cost.min() == cost.max():
+        cost: np.ndarray = np.max(costs, axis=0) if costs else np.ones(len(chunk), np.int64)
+        if count == 1 or bool(np.all(cost == cost[0])):
             return np.array_split(chunk, count)
         loads = [(0, device) for device in range(count)]
         of_device = np.empty(len(chunk), np.int64)
@@ -198,7 +198,8 @@ def _run_chunk(
       counts: how many clients each device has.
 
     Returns:
-      The accumulators; the outputs, [devices * capacity, *leaf]; which leaves were finite, [devices * capacity, leaves].
+      The accumulators; the outputs, [devices * capacity, *leaf]; which leaves were finite, [devices * capacity,
+      leaves].
     """
     checked = 0 if on_nonfinite == "ignore" else len(reductions.checked_leaves(stage.reductions))
 
@@ -241,13 +242,13 @@ def _run_chunk(
         return _merge_devices(sums, mesh.size), rows, finite
 
     spread, everywhere = PartitionSpec(_AXIS), PartitionSpec()
-    return jax.shard_map(  # type: ignore[no-any-return]
+    return jax.shard_map(
         share, mesh=mesh, in_specs=(everywhere, spread, spread), out_specs=(everywhere, spread, spread), check_vma=False
     )(shared, packed, counts)
 
 
 def _merge_devices(sums: Any, devices: int) -> Any:
-    """The accumulators of all devices merged in their order: the same bits at every run, which an all-reduce need not give."""
+    """The accumulators of all devices, merged in their order: an all-reduce need not give the same bits every time."""
     if devices == 1:
         return sums
     of_each = lax.all_gather(sums, _AXIS)

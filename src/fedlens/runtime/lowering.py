@@ -1,8 +1,8 @@
 """Lowering rules that make XLA:CPU fast, inside fedlens's own programs and nowhere else.
 
-JAX keeps one lowering rule per primitive and platform. `register` puts a rule in front of the one that was there; it acts
-inside `with lowered_for_cpu():` and hands everything else on. Any Flax or Keras model profits unchanged, since gradients
-and batched operations are primitives again. What the rules compute is in `convolution` and `pooling`.
+JAX keeps one lowering rule per primitive and platform. `register` puts a rule in front of the one that was there; it
+acts inside `with lowered_for_cpu():` and hands everything else on. Any Flax or Keras model profits unchanged, since
+gradients and batched operations are primitives again. What the rules compute is in `convolution` and `pooling`.
 """
 
 from __future__ import annotations

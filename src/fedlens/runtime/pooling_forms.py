@@ -48,19 +48,17 @@ class Window:
 
 def pool(operand: Shaped[Array, "..."], window: Window) -> Shaped[Array, "..."]:
     """The largest cell of each window; cells that padding adds are never it."""
-    lowest = -np.inf if jnp.issubdtype(operand.dtype, jnp.floating) else jnp.iinfo(operand.dtype).min
+    is_float = jnp.issubdtype(operand.dtype, jnp.floating)
+    lowest = -np.inf if is_float else np.iinfo(operand.dtype).min
     padded = lax.pad(operand, jnp.array(lowest, operand.dtype), [(low, high, 0) for low, high in window.padding])
-    result = None
-    for offset in itertools.product(*map(range, window.sizes)):
-        cells = _cells(padded, window, offset)
-        result = cells if result is None else lax.max(result, cells)
-    assert result is not None  # noqa: S101  (a window has at least one cell)
+    first, *others = itertools.product(*map(range, window.sizes))
+    result = _cells(padded, window, first)
+    for offset in others:
+        result = lax.max(result, _cells(padded, window, offset))
     return result
 
 
-def pool_gradient(
-    source: Shaped[Array, "..."], operand: Shaped[Array, "..."], window: Window
-) -> Shaped[Array, "..."]:
+def pool_gradient(source: Shaped[Array, "..."], operand: Shaped[Array, "..."], window: Window) -> Shaped[Array, "..."]:
     """Puts each window's number of `source` where the window's largest cell is, the first one if there are several.
 
     Args:
@@ -71,18 +69,19 @@ def pool_gradient(
     Returns:
       An array of the shape of `operand`, zero elsewhere.
     """
-    largest, chosen = None, None
-    for number, offset in enumerate(itertools.product(*map(range, window.sizes))):
+    first, *others = itertools.product(*map(range, window.sizes))
+    largest = _cells(operand, window, first)
+    chosen = jnp.zeros(largest.shape, jnp.int32)
+    for number, offset in enumerate(others, 1):
         cells = _cells(operand, window, offset)
-        if largest is None:
-            largest, chosen = cells, jnp.zeros(cells.shape, jnp.int32)
-            continue
-        better = jnp.logical_not(largest >= cells)
+        better = jnp.logical_not(largest >= cells)  # as XLA compares: NaN is better than anything before it
         chosen = jnp.where(better, np.int32(number), chosen)
         largest = jnp.where(better, cells, largest)
     tiled = [extent for pair in zip(window.output, window.sizes, strict=True) for extent in pair]
     whole = tuple(range(0, len(tiled), 2))
-    number_of_cell = np.arange(window.positions, dtype=np.int32).reshape([1 if axis % 2 == 0 else tiled[axis] for axis in range(len(tiled))])
+    number_of_cell = np.arange(window.positions, dtype=np.int32).reshape(
+        [1 if axis % 2 == 0 else tiled[axis] for axis in range(len(tiled))]
+    )
     result = jnp.where(
         lax.broadcast_in_dim(chosen, tiled, whole) == number_of_cell,
         lax.broadcast_in_dim(source, tiled, whole),
