@@ -44,6 +44,11 @@ def test_a_setting_of_the_user_is_respected(setting):
     assert python(ROUND, **setting)[0] == f"{RESULT} 3"
 
 
+def test_a_setting_in_the_users_code_is_respected():
+    code = "import jax\njax.config.update('jax_num_cpu_devices', 3)\n" + ROUND
+    assert python(code)[0] == f"{RESULT} 3"
+
+
 def test_one_device_that_the_user_asked_for_is_no_reason_to_warn():
     assert python(ROUND, JAX_NUM_CPU_DEVICES="1")[0] == f"{RESULT} 1"
 

@@ -1,0 +1,3 @@
+"""The `fedlens` command."""
+
+from fedlens.cli.app import main as main

@@ -84,4 +84,8 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=report.round + 1, shown=report.describe())
         elif self._enabled:
             width = len(str(report.rounds))
-            print(f"round {report.round + 1:>{width}}/{report.rounds}  {report.describe()}", file=self._console.file, flush=True)  # noqa: T201
+            print(  # noqa: T201
+                f"round {report.round + 1:>{width}}/{report.rounds}  {report.describe()}",
+                file=self._console.file,
+                flush=True,
+            )
