@@ -69,7 +69,7 @@ def _show(summary: summaries.Summary, rows: str, as_json: bool, heading: Any = N
         results().print(heading(summary))
         results().print()
     if summary[rows]:
-        results().print(tables.rows_table(summary[rows], {"leaf_norms": "norm of"}))
+        results().print(tables.rows_table(summary[rows]))
 
 
 def _round_heading(summary: summaries.Summary) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlens.ledger import Ledger, durable
+from fedlens.report.labels import Label, along, place_labels, shorten
 from fedlens.report.plane import Plane, compute_plane
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ _COLOURS = (  # even in lightness, so that no client stands out for its colour a
     "#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2",
     "#97bbf5", "#9c6b4e", "#c2455a", "#1f9eb5", "#7f8c2a", "#d17c00", "#6f5fb3",
 )  # fmt: skip
+
+
+_LABELS = 7  # clients that are named in the picture, where there is room
 
 
 def save_overview(ledger: Ledger) -> Path:
@@ -111,7 +115,9 @@ def _draw_metric(axes: Any, ledger: Ledger) -> None:
             fontweight="bold",
         )
     if kind == "accuracy":
-        axes.set_ylim(0, 1 if not np.nanmax(values) < 0.45 else np.ceil(np.nanmax(values) * 12) / 10)
+        best = np.nanmax(values, initial=0)
+        axes.set_ylim(0, 1 if best > 0.45 else np.ceil(best * 12 + 0.1) / 10)
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -123,38 +129,22 @@ def _draw_plane(axes: Any, plane: Plane) -> None:
     """The path of the global model, and from each of its stations a line to every local model trained from it."""
     from matplotlib.collections import LineCollection
 
-    clients = sorted({client for drawn in plane.rounds for client in drawn.local_models})
-    tips = [(drawn, client, tip) for drawn in plane.rounds for client, tip in drawn.local_models.items()]
+    tips = [(client, drawn.start, tip) for drawn in plane.rounds for client, tip in drawn.local_models.items()]
+    starts, ends = np.array([start for _, start, _ in tips]), np.array([tip for _, _, tip in tips])
     path = np.array([drawn.start for drawn in plane.rounds] + ([] if plane.end is None else [plane.end]))
-    places = np.array([tip for _, _, tip in tips])
-    labelled = _outermost(plane, np.ptp(np.concatenate([places, path]), axis=0))
-    # A colour for each client; among too many to tell apart, only for those with a label.
-    coloured = clients if len(clients) <= len(_COLOURS) else [client for _, client, _ in labelled]
-    colours = dict(zip(coloured, _COLOURS, strict=False))
-    tints = [colours.get(client, _PALE) for _, client, _ in tips]
-    above = [2 + (client in colours) for _, client, _ in tips]
+    clients = sorted({client for client, _, _ in tips})
+    many = len(clients) > len(_COLOURS)
+    colours = dict.fromkeys(clients, _PALE) if many else dict(zip(clients, _COLOURS, strict=False))
+    tints = [colours[client] for client, _, _ in tips]
     few = len(tips) < 120
-    for level in (2, 3):
-        drawn_now = [place for place, height in enumerate(above) if height == level]
-        lines = LineCollection(
-            [(tips[place][0].start, tips[place][2]) for place in drawn_now],
-            colors=[tints[place] for place in drawn_now],
-            linewidths=0.9,
-            alpha=0.6 if few else 0.45,
-            zorder=level,
-        )
-        axes.add_collection(lines)
-        shade = [tints[place] for place in drawn_now]
-        axes.scatter(*places[drawn_now].T, s=16 if few else 12, c=shade, linewidths=0, alpha=0.95, zorder=level)
+    lines = list(zip(starts, ends, strict=True))
+    axes.add_collection(LineCollection(lines, colors=tints, linewidths=0.9, alpha=0.6 if few else 0.5, zorder=2))
+    axes.scatter(*ends.T, s=16 if few else 12, c=tints, linewidths=0, zorder=3)
     axes.plot(*path.T, color=_PAPER, linewidth=3.6, zorder=4, solid_joinstyle="round")
     axes.plot(*path.T, color=_INK, linewidth=1.9, zorder=5, solid_joinstyle="round")
     axes.scatter(*path.T, s=13, color=_INK, linewidths=0, zorder=6)
     axes.scatter(*path[0], s=48, facecolor=_PAPER, edgecolor=_INK, linewidths=1.8, zorder=7)
     axes.scatter(*path[-1], s=60, color=_INK, edgecolor=_PAPER, linewidths=1.2, zorder=7)
-    for _, client, (tip, direction) in labelled:
-        _label(axes, _short(client), tip, direction, colour=colours[client], size=8.5)
-    if len(path) > 1:
-        _label(axes, "start", path[0], path[0] - path[1], colour=_INK, size=9.5, distance=9)
     axes.set_title("The global model's path, and the local models around it")
     axes.set_xlabel(f"first principal component of all weights, {_share(plane.explained[0])} of their variance")
     axes.set_ylabel(f"second, {_share(plane.explained[1])}")
@@ -162,59 +152,42 @@ def _draw_plane(axes: Any, plane: Plane) -> None:
     axes.set_yticks([])
     axes.margins(0.08)
 
+    # Among many clients only those with a label get a colour of their own.
+    wanted = _outermost(plane)
+    text_colours = colours
+    if many:
+        order = dict.fromkeys(client for client, _ in wanted)
+        text_colours = {client: _COLOURS[place % len(_COLOURS)] for place, client in enumerate(order)}
+    labels = [Label(shorten(client), tip, _darker(text_colours[client])) for client, tip in wanted]
+    labels.insert(0, Label("start", path[0], _INK, 9.5))
+    obstacles = np.concatenate([along(path[:-1], path[1:], 60), along(starts, ends, 12), ends, path])
+    placed = place_labels(axes, labels, obstacles, count=_LABELS + 1)
+    if many:
+        chosen = {label.name: label for label in placed}
+        for client, start, tip in tips:
+            if shorten(client) in chosen:
+                tint = chosen[shorten(client)].colour
+                axes.plot(*np.array([start, tip]).T, color=tint, linewidth=1.1, zorder=3)
+                axes.scatter(*tip, s=16, color=tint, linewidths=0, zorder=8)
 
-_Labelled = tuple[int, str, tuple[Any, Any]]  # round, client, (where its local model is, which way is out)
 
-
-def _outermost(plane: Plane, extent: Any, count: int = 5) -> list[_Labelled]:
-    """The local models that lie farthest from those of the same round; of different clients, and apart from each other."""
+def _outermost(plane: Plane) -> list[tuple[str, Any]]:
+    """Local models with their clients, those first that lie farthest from the others of their round."""
+    everything = np.array([tip for drawn in plane.rounds for tip in drawn.local_models.values()])
+    extent = np.ptp(everything, axis=0)
     scale = np.where(extent > 0, extent, 1.0)
     candidates = []
     for drawn in plane.rounds:
         middle = np.mean(list(drawn.local_models.values()), axis=0)
         for client, tip in drawn.local_models.items():
-            out = (tip - middle) / scale
-            candidates.append((float(np.hypot(*out)), drawn.number, client, tip, tip - middle))
-    candidates.sort(key=lambda candidate: (-candidate[0], candidate[1:3]))
-    chosen: list[_Labelled] = []
-    for distance, number, client, tip, out in candidates:
-        apart = all(np.any(np.abs(tip - other) / scale > (0.16, 0.06)) for _, _, (other, _) in chosen)
-        if distance > 0 and apart and all(client != known for _, known, _ in chosen):
-            chosen.append((number, client, (tip, out)))
-        if len(chosen) == count:
-            break
-    return chosen
-
-
-def _label(axes: Any, text: str, place: Any, direction: Any, *, colour: str, size: float, distance: float = 6) -> None:
-    """Writes `text` beside a point, on the side of `direction`, over a rim of paper that keeps lines off it."""
-    from matplotlib.patheffects import withStroke
-
-    right, up = direction[0] >= 0, direction[1] >= 0
-    axes.annotate(
-        text,
-        place,
-        xytext=(distance * (1 if right else -1), distance * 0.7 * (1 if up else -1)),
-        textcoords="offset points",
-        ha="left" if right else "right",
-        va="bottom" if up else "top",
-        color=_darker(colour),
-        fontsize=size,
-        zorder=8,
-        parse_math=False,
-        path_effects=[withStroke(linewidth=2.5, foreground=_PAPER)],
-    )
+            candidates.append((-float(np.hypot(*((tip - middle) / scale))), drawn.number, client, tip))
+    return [(client, tip) for *_, client, tip in sorted(candidates, key=lambda candidate: candidate[:3])]
 
 
 def _darker(colour: str) -> str:
     """The colour with a third less light: text needs more contrast than lines."""
     parts = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
     return "#" + "".join(f"{round(part * 0.68):02x}" for part in parts)
-
-
-def _short(client: str) -> str:
-    shown = client if client.isprintable() else repr(client)
-    return shown if len(shown) <= 26 else f"{shown[:25]}…"
 
 
 def _share(share: float) -> str:

@@ -20,7 +20,7 @@ from fedlens.ledger.format import ROOT_LEAF, Leaf
 from fedlens.ledger.tensorfile import AnyArray
 
 POINTS = 400  # global and local models that are drawn; of larger runs an even selection
-_BLOCK = 64 << 20  # bytes of weights that are in memory at once, as float64
+_BLOCK = 32 << 20  # bytes of weights that are in memory at once, as float64
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=report.round + 1, shown=report.describe())
         elif self._enabled:
             width = len(str(report.rounds))
-            print(  # noqa: T201
+            print(
                 f"round {report.round + 1:>{width}}/{report.rounds}  {report.describe()}",
                 file=self._console.file,
                 flush=True,

@@ -13,6 +13,7 @@ from rich.text import Text
 from fedlens.report.clients import ClientComparison
 from fedlens.report.summaries import Summary
 
+_TROUBLE = ("clients_without_examples", "clients_dropped")
 _STATES = {"complete": "green", "running": "cyan", "interrupted": "yellow", "damaged": "red"}
 
 
@@ -48,17 +49,17 @@ def run_table(summary: Summary) -> Table:
     return table
 
 
-def rows_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] | None = None) -> Table:
-    """Rows of numbers and text, one column for each key that any of them has; nested mappings get a column each.
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of numbers and text, one column for each key that any of them has.
 
-    Args:
-      rows: the rows; a key that a row lacks leaves its cell empty.
-      names: key -> heading, where it is not the key with spaces.
+    The entries of a nested mapping get a column each, headed by their own names. A key that a row lacks leaves its cell
+    empty; what counts clients that went wrong is left out while none did.
     """
     flat = [dict(_flatten(row)) for row in rows]
     keys = list(dict.fromkeys(key for row in flat for key in row))
+    keys = [key for key in keys if key[-1] not in _TROUBLE or any(row.get(key) for row in flat)]
     text_columns = {place for place, key in enumerate(keys) if any(isinstance(row.get(key), str) for row in flat)}
-    table = _table([(names or {}).get(key) or key.replace("_", " ") for key in keys], text_columns)
+    table = _table([key[-1] if len(key) > 1 else key[0].replace("_", " ") for key in keys], text_columns)
     for row in flat:
         table.add_row(*(_cell(row.get(key)) for key in keys))
     return table
@@ -124,12 +125,12 @@ def _table(headings: Sequence[str], text_columns: set[int]) -> Table:
     return table
 
 
-def _flatten(row: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _flatten(row: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
     for key, value in row.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key} ")
+            yield from _flatten(value, (*above, key))
         else:
-            yield prefix + key, value
+            yield (*above, key), value
 
 
 def _cell(value: Any) -> Text:

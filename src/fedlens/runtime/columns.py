@@ -9,6 +9,8 @@ sizes then share compiled programs.
 from __future__ import annotations
 
 import math
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +26,9 @@ from fedlens.language import Sequence as ClientSequence
 from fedlens.language.sequence import SequenceLayout
 
 _ALIGNMENT = 64  # bytes
+_WORTH_KEEPING = 1 << 20  # bytes
+_KEPT = 4  # pieces of memory of one size
+_spare: defaultdict[int, list[np.ndarray]] = defaultdict(list)
 
 Share = Int[np.ndarray, " clients"]  # positions in the cohort of the clients that one device computes
 
@@ -246,8 +251,23 @@ def _filled(array: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An uninitialised array at an address that XLA can use as it is; NumPy's own may be copied, at 1 GB/s."""
+    """An uninitialised array at an address that XLA can use as it is; NumPy's own may be copied, at 1 GB/s.
+
+    A large one reuses the memory of an earlier one that nobody holds any more: fresh memory costs a page fault every
+    4 KiB, which took as long as filling it.
+    """
     size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    spare = _spare[size]
+    memory = spare.pop() if spare else np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    # Every view, and what JAX takes without a copy, holds `owner`: NumPy looks for the owner of memory up to the first
+    # object that is no array, here a memoryview. Its end is therefore the moment when nobody can read the memory.
+    owner = np.frombuffer(memoryview(memory), np.uint8)
+    if size >= _WORTH_KEEPING:
+        weakref.finalize(owner, _give_back, spare, memory).atexit = False
+    return owner[start : start + size].view(dtype).reshape(shape)
+
+
+def _give_back(spare: list[np.ndarray], memory: np.ndarray) -> None:
+    if len(spare) < _KEPT:
+        spare.append(memory)
