@@ -9,6 +9,7 @@ from typing import Any
 from fedlens.cli.config import Config, check
 from fedlens.errors import ConfigError, FedlensError, LedgerError
 from fedlens.ledger import Ledger
+from fedlens.ledger.folder import RUN
 from fedlens.ledger.format import library_versions
 from fedlens.report.consoles import messages, results
 
@@ -104,7 +105,7 @@ def _check_new(folder: Path | None) -> None:
     """Refuses a folder that holds something, before the data are loaded."""
     if folder is None or not folder.exists():
         return
-    if (folder / "run.json").exists():
+    if (folder / RUN).exists():
         raise LedgerError(
             f"Expected no ledger yet, found one, in {folder}. "
             f"Continue it with `fedlens resume {shlex.quote(str(folder))}`, or choose another folder."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +22,6 @@ _COLOURS = (  # even in lightness, so that no client stands out for its colour a
     "#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2",
     "#97bbf5", "#9c6b4e", "#c2455a", "#1f9eb5", "#7f8c2a", "#d17c00", "#6f5fb3",
 )  # fmt: skip
-
-
 _LABELS = 7  # clients that are named in the picture, where there is room
 
 
@@ -53,7 +52,9 @@ def draw_overview(ledger: Ledger) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE | {"backend": "agg"}):
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # A client's name in a script that the font lacks is drawn as boxes; no reason to alarm anybody.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure = Figure(figsize=(12, 5.2), layout="constrained", facecolor=_PAPER)
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.75))
