@@ -94,7 +94,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             what = " ".join(f"{type(error).__name__}: {error}".split())
             _fail(f"Unexpected error: {what}; run with --debug to see where.", FAILED)
 
-    return app.command(function.__name__.rstrip("_"))(reporting)
+    return app.command()(reporting)
 
 
 def _sentence(error: BaseException) -> str:
