@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -83,11 +84,9 @@ class Local:
             capacity = 0
             for chunk in cohort.chunks(stage):
                 shares = self._deal(stage, cohort, chunk)
-                capacity = max(
-                    bucket(max(len(share) for share in shares)), capacity
-                )  # a short last chunk compiles nothing
-                packed, layouts = self._pack(stage, cohort, shares, capacity)
-                counts = self._place([np.array([len(share)], np.int32) for share in shares])
+                # A short last chunk takes the capacity of the others, and compiles nothing.
+                capacity = max(bucket(max(len(share) for share in shares)), capacity)
+                packed, counts, layouts = self._pack(stage, cohort, shares, capacity)
                 partial_sums, rows, finite = run_chunk(capacity, layouts, on_nonfinite, held, packed, counts)
                 total = partial_sums if total is None else finish.merge(total, partial_sums)
                 if computing is not None:
@@ -138,19 +137,28 @@ class Local:
 
     def _pack(
         self, stage: ClientStage, cohort: StageCohort, shares: list[Share], capacity: int
-    ) -> tuple[list[list[jax.Array]], tuple[Layout, ...]]:
-        packed, layouts = [], []
+    ) -> tuple[list[list[jax.Array]], jax.Array, tuple[Layout, ...]]:
+        """For each column its arrays, spread over the devices; how many clients each device has; the layouts."""
+        leaves: list[Sequence[np.ndarray]] = [[np.array([len(share)], np.int32) for share in shares]]
+        layouts = []
         for name in stage.columns:
             by_device, layout = cohort.columns[name].pack(shares, capacity)
-            packed.append([self._place(arrays) for arrays in zip(*by_device, strict=True)])
+            leaves += zip(*by_device, strict=True)
             layouts.append(layout)
-        return packed, tuple(layouts)
+        counts, *placed = self._place(leaves)
+        remaining = iter(placed)
+        return [list(islice(remaining, layout.num_leaves)) for layout in layouts], counts, tuple(layouts)
 
-    def _place(self, arrays: Sequence[np.ndarray]) -> jax.Array:
-        """One array for each device, as one array whose leading axis is spread over them."""
-        shape = (len(arrays) * arrays[0].shape[0], *arrays[0].shape[1:])
-        on_devices = [jax.device_put(array, device) for array, device in zip(arrays, self.devices, strict=True)]
-        return jax.make_array_from_single_device_arrays(shape, self._by_device, on_devices)
+    def _place(self, leaves: Sequence[Sequence[np.ndarray]]) -> list[jax.Array]:
+        """Each leaf, given as an array for each device, as one array whose leading axis is spread over the devices."""
+        pieces = [piece for leaf in leaves for piece in leaf]
+        placed = iter(jax.device_put(pieces, list(self.devices) * len(leaves)))  # one call: each costs 0.1 ms
+        return [
+            jax.make_array_from_single_device_arrays(
+                (len(leaf) * leaf[0].shape[0], *leaf[0].shape[1:]), self._by_device, list(islice(placed, len(leaf)))
+            )
+            for leaf in leaves
+        ]
 
     def _parts(self, shares: list[Share], leaves: Sequence[jax.Array]) -> list[Part]:
         by_device = [[to_host(rows) for rows in self._device_rows(leaf)] for leaf in leaves]
