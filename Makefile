@@ -10,28 +10,29 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+READY := $(VENV)/.ready
 INSTALLED := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.development
 
 help:
 	@sed -n 's/^# //p' Makefile
 
-$(VENV)/bin/python:
-	@python="$(PYTHON)"; \
-	if [ -n "$$python" ]; then \
-		echo "Using $$("$$python" --version 2>&1) ($$python)" >&2; \
-	else \
-		python=$$(tools/find-python) || exit 1; \
-	fi; \
-	"$$python" -m venv $(VENV)
+# A .venv that uv made has no pip: give it one.
+$(READY):
+	@if [ ! -x $(BIN)/python ]; then \
+		python=$$(tools/find-python $(PYTHON)) || exit 1; \
+		"$$python" -m venv $(VENV) || exit 1; \
+	fi
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	@touch $@
 
-$(INSTALLED): pyproject.toml | $(VENV)/bin/python
+$(INSTALLED): pyproject.toml | $(READY)
 	@echo "Installing fedlens into $(VENV); the first time takes a minute or two"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-$(DEVELOPMENT): pyproject.toml | $(VENV)/bin/python
+$(DEVELOPMENT): pyproject.toml | $(READY)
 	@echo "Installing fedlens and its development tools into $(VENV); the first time takes a minute or two"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[shakespeare]" --group dev
 	@touch $@ $(INSTALLED)
