@@ -118,7 +118,10 @@ class Sequence:
         return replace(self, transforms=(*self.transforms, function))
 
     def sum(self) -> Any:
-        """The sum of all batches, leaf by leaf; zeros when there is no batch."""
+        """The sum of all batches, leaf by leaf; zeros when there is no batch.
+
+        Rows that only fill up the last batch are summed too: where there is a `mask`, apply it with `map` first.
+        """
         shape = jax.eval_shape(lambda: self.batch(jnp.int32(0)))
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
         return self.reduce(zero, lambda total, batch: jax.tree.map(jnp.add, total, batch))
