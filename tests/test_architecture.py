@@ -12,12 +12,13 @@ import fedlens
 SOURCE = Path(fedlens.__file__).parent
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
-PIECES = {"errors", "trees"}  # small shared pieces, open to all
+PIECES = {"errors", "trees", "memory"}  # small shared pieces, open to all
 ROOMS = ["language", "compiler", "runtime", "data", "learning", "ledger", "report", "study", "cli"]
 # A ledger is a format that stands alone: what computes may change without it, and it is read without JAX.
 MAY_IMPORT = {room: set(ROOMS[:place]) | PIECES for place, room in enumerate(ROOMS)} | {
     "ledger": PIECES,
     "errors": set(),
+    "memory": set(),
     "trees": {"errors"},
     "__init__": set(),  # names are loaded when they are used
 }

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import fedlens as fed
 from fedlens.errors import UnsupportedError
+from fedlens.memory import in_place
 from fedlens.runtime.columns import SequenceColumn, StructColumn, TensorColumn, bucket, nest
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -46,6 +47,19 @@ def test_packed_rows_are_the_clients_rows_one_after_the_other(of_clients, device
             np.testing.assert_array_equal(packed, np.arange(start, start + of_clients[client]))
     held = max(sum(of_clients[client] for client in share) for share in shares)
     assert arrays[0][0].shape[0] == bucket(held)  # ragged clients cost what they hold
+
+
+def test_aligned_rows_are_read_in_place():
+    rows = in_place(np.arange(40, dtype=np.int32))
+    column = SequenceColumn(fed.TensorType(np.int32), (rows,), np.array([3, 20]), np.array([5, 2]), None, masked=False)
+    shares = [np.array([1]), np.array([0])]
+    arrays, _ = column.pack(shares, capacity=1, in_place=True)
+    assert all(of_device[0] is rows for of_device in arrays)
+    assert [[list(part) for part in of_device[1:]] for of_device in arrays] == [[[20], [2]], [[3], [5]]]
+    unaligned = SequenceColumn(column.element_type, (rows[1:],), column.starts, column.lengths, None, masked=False)
+    copied, _ = unaligned.pack(shares, capacity=1, in_place=True)
+    assert list(copied[0][0][:2]) == [21, 22]
+    assert list(copied[1][0][:5]) == [4, 5, 6, 7, 8]
 
 
 @given(lengths)

@@ -1,7 +1,8 @@
 """Federated data sets: columnar arrays whose rows are sorted by client, and the offsets where each client's rows start.
 
 This layout (compressed sparse rows) costs what the clients hold, however unequal they are, and a cohort drawn from it
-copies nothing: it is a list of runs of rows. Columns may be memory-mapped.
+copies nothing: it is a list of runs of rows. Columns may be memory-mapped; others are copied once, when the data set is
+made, to addresses at which a CPU computes on them in place.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fedlens.data.columns import Columns, check_columns, check_same_type, rows_o
 from fedlens.data.rows import check_ids, check_offsets, offsets_of, owners
 from fedlens.data.sampling import draw, generator, integer
 from fedlens.errors import DataError
+from fedlens.memory import in_place, taken
 
 if TYPE_CHECKING:  # the runtime loads JAX, which reading data does not need
     import federated_language as fl
@@ -55,7 +57,7 @@ class FederatedData:
     ids: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        columns = check_columns(self.columns)
+        columns = {name: in_place(column) for name, column in check_columns(self.columns).items()}
         ids = check_ids(self.ids)
         object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "ids", ids)
@@ -65,8 +67,7 @@ class FederatedData:
     def from_arrays(cls, columns: Mapping[str, ArrayLike], clients: ArrayLike) -> FederatedData:
         """Groups the rows of `columns` by client.
 
-        Clients come in the order of their first row, and a client's rows in the order given. Rows that are grouped
-        already are not copied.
+        Clients come in the order of their first row, and a client's rows in the order given.
 
         Args:
           columns: name -> array with one row an example.
@@ -79,7 +80,7 @@ class FederatedData:
         ids, owner = owners(clients, rows_of(arrays))
         if np.any(owner[1:] < owner[:-1]):
             order = np.argsort(owner, kind="stable")
-            arrays = {name: column[order] for name, column in arrays.items()}
+            arrays = {name: taken(column, order) for name, column in arrays.items()}
         return cls(arrays, offsets_of(np.bincount(owner, minlength=len(ids))), ids)
 
     @classmethod
@@ -219,7 +220,7 @@ class FederatedData:
         lengths = np.diff(self.offsets)[positions]
         offsets = offsets_of(lengths)
         rows = np.arange(offsets[-1]) + np.repeat(self.offsets[positions] - offsets[:-1], lengths)
-        return FederatedData({name: column[rows] for name, column in self.columns.items()}, offsets, chosen)
+        return FederatedData({name: taken(column, rows) for name, column in self.columns.items()}, offsets, chosen)
 
     def split(self, test_fraction: float = 0.2, seed: int = 0) -> tuple[FederatedData, FederatedData]:
         """Holds out a part of every client's examples.
@@ -252,7 +253,8 @@ class FederatedData:
     def _filter(self, keep: np.ndarray[Any, np.dtype[np.bool_]]) -> FederatedData:
         """The data set of the rows where `keep` is true; all clients stay."""
         kept_before = np.concatenate([[0], np.cumsum(keep)])
-        columns = {name: column[keep] for name, column in self.columns.items()}
+        rows = np.flatnonzero(keep)
+        columns = {name: taken(column, rows) for name, column in self.columns.items()}
         return FederatedData(columns, kept_before[self.offsets], self.ids)
 
     def _position(self, client_id: str) -> int:

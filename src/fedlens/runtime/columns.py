@@ -8,9 +8,6 @@ sizes then share compiled programs.
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,11 +21,9 @@ from jaxtyping import Int, Shaped
 from fedlens.errors import UnsupportedError
 from fedlens.language import Sequence as ClientSequence
 from fedlens.language.sequence import SequenceLayout
+from fedlens.memory import is_aligned, reused
 
-_ALIGNMENT = 64  # bytes
-_WORTH_KEEPING = 1 << 20  # bytes
-_KEPT = 4  # pieces of memory of one size
-_spare: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+_MAX_ROWS = np.iinfo(np.int32).max  # row numbers are int32 in a program
 
 Share = Int[np.ndarray, " clients"]  # positions in the cohort of the clients that one device computes
 
@@ -58,8 +53,16 @@ class Column(Protocol):
     def value(self, position: int) -> Any:
         """The positional value of one client, in host memory."""
 
-    def pack(self, shares: Sequence[Share], capacity: int) -> tuple[list[list[np.ndarray]], Layout]:
-        """For each device the arrays that hold its clients, of the same shapes on all devices; and how to read them."""
+    def pack(
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+    ) -> tuple[list[list[np.ndarray]], Layout]:
+        """For each device the arrays that hold its clients, of the same shapes on all devices; and how to read them.
+
+        Args:
+          shares: the clients of each device.
+          capacity: how many clients a device's arrays have room for.
+          in_place: whether the devices read host memory: rows at suitable addresses are then not copied.
+        """
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class TensorColumn:
         """The leaves of one client in the structure of the type."""
         return nest(self.type, [leaf[position] for leaf in self.leaves])
 
-    def pack(self, shares: Sequence[Share], capacity: int) -> tuple[list[list[np.ndarray]], Layout]:
+    def pack(
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+    ) -> tuple[list[list[np.ndarray]], Layout]:
         """Each device's leaves are [capacity, *leaf]."""
         arrays = [[_rows(leaf, share, capacity) for leaf in self.leaves] for share in shares]
         return arrays, Layout(len(self.leaves), _TensorReader(self.type))
@@ -132,23 +137,33 @@ class SequenceColumn:
         rows = tuple(_rows(leaf, slice(start, start + length), max(length, 1)) for leaf in self.leaves)
         return ClientSequence(rows, 0, length, None, self._layout(length))
 
-    def pack(self, shares: Sequence[Share], capacity: int) -> tuple[list[list[np.ndarray]], Layout]:
-        """Each device's arrays are its rows [row capacity, *leaf], then starts and lengths [capacity]."""
+    def pack(
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+    ) -> tuple[list[list[np.ndarray]], Layout]:
+        """Each device's arrays are its rows [row capacity, *leaf], then starts and lengths [capacity].
+
+        In place, the rows are those of all clients, and nothing but starts and lengths is written.
+        """
         lengths = [self.lengths[share] for share in shares]
-        row_capacity = bucket(max(int(of_share.sum()) for of_share in lengths))
         longest = bucket(max(int(of_share.max(initial=1)) for of_share in lengths))
-        arrays = []
-        for share, of_share in zip(shares, lengths, strict=True):
-            rows = _row_numbers(self.starts[share], of_share)
-            ends = np.cumsum(of_share)
-            arrays.append(
-                [
-                    *(_rows(leaf, rows, row_capacity) for leaf in self.leaves),
-                    _filled((ends - of_share).astype(np.int32), capacity),
-                    _filled(of_share.astype(np.int32), capacity),
-                ]
-            )
+        if in_place and self._is_readable_in_place():
+            starts = [self.starts[share] for share in shares]
+            rows = [list(self.leaves)] * len(shares)
+        else:
+            starts = [np.cumsum(of_share) - of_share for of_share in lengths]
+            row_capacity = bucket(max(int(of_share.sum()) for of_share in lengths))
+            numbers = [
+                _row_numbers(self.starts[share], of_share) for share, of_share in zip(shares, lengths, strict=True)
+            ]
+            rows = [[_rows(leaf, chosen, row_capacity) for leaf in self.leaves] for chosen in numbers]
+        arrays = [
+            [*of_share, _filled(start.astype(np.int32), capacity), _filled(length.astype(np.int32), capacity)]
+            for of_share, start, length in zip(rows, starts, lengths, strict=True)
+        ]
         return arrays, Layout(len(self.leaves) + 2, _SequenceReader(self._layout(longest)))
+
+    def _is_readable_in_place(self) -> bool:
+        return all(0 < len(leaf) <= _MAX_ROWS and is_aligned(leaf) for leaf in self.leaves)
 
     def _layout(self, max_rows: int) -> SequenceLayout:
         return SequenceLayout(self.element_type, self.rows_per_batch, self.masked, max(max_rows, 1))
@@ -181,9 +196,11 @@ class StructColumn:
         """One client's value of each field."""
         return tuple(field.value(position) for field in self.fields)
 
-    def pack(self, shares: Sequence[Share], capacity: int) -> tuple[list[list[np.ndarray]], Layout]:
+    def pack(
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+    ) -> tuple[list[list[np.ndarray]], Layout]:
         """The fields' arrays one after the other."""
-        packed = [field.pack(shares, capacity) for field in self.fields]
+        packed = [field.pack(shares, capacity, in_place=in_place) for field in self.fields]
         arrays = [[array for of_field, _ in packed for array in of_field[device]] for device in range(len(shares))]
         layouts = tuple(layout for _, layout in packed)
         return arrays, Layout(sum(layout.num_leaves for layout in layouts), _StructReader(layouts))
@@ -235,7 +252,7 @@ def _row_numbers(
 
 def _rows(leaf: np.ndarray, rows: Int[np.ndarray, " rows"] | slice, capacity: int) -> np.ndarray:
     """Some rows of an array, filled up with zeros to `capacity`, in memory that a CPU device takes without a copy."""
-    chosen = aligned((capacity, *leaf.shape[1:]), leaf.dtype)
+    chosen = reused((capacity, *leaf.shape[1:]), leaf.dtype)
     if isinstance(rows, slice):
         count = rows.stop - rows.start
         chosen[:count] = leaf[rows]
@@ -248,26 +265,3 @@ def _rows(leaf: np.ndarray, rows: Int[np.ndarray, " rows"] | slice, capacity: in
 
 def _filled(array: np.ndarray, capacity: int) -> np.ndarray:
     return _rows(array, slice(0, len(array)), capacity)
-
-
-def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An uninitialised array at an address that XLA can use as it is; NumPy's own may be copied, at 1 GB/s.
-
-    A large one reuses the memory of an earlier one that nobody holds any more: fresh memory costs a page fault every
-    4 KiB, which took as long as filling it.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    spare = _spare[size]
-    memory = spare.pop() if spare else np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    # Every view, and what JAX takes without a copy, holds `owner`: NumPy looks for the owner of memory up to the first
-    # object that is no array, here a memoryview. Its end is therefore the moment when nobody can read the memory.
-    owner = np.frombuffer(memoryview(memory), np.uint8)
-    if size >= _WORTH_KEEPING:
-        weakref.finalize(owner, _give_back, spare, memory).atexit = False
-    return owner[start : start + size].view(dtype).reshape(shape)
-
-
-def _give_back(spare: list[np.ndarray], memory: np.ndarray) -> None:
-    if len(spare) < _KEPT:
-        spare.append(memory)

@@ -30,6 +30,7 @@ from fedlens.runtime.debug import Debug
 from fedlens.runtime.engine import Engine, OnNonFinite, StageCohort
 from fedlens.runtime.interpreter import eager, evaluate
 from fedlens.runtime.local import Local
+from fedlens.runtime.replicas import on_one_device
 from fedlens.runtime.values import ClientValues, Part
 
 ENGINES: dict[str, Callable[[], Engine]] = {"debug": Debug, "local": Local}
@@ -235,7 +236,7 @@ def _handed_out(value: Any) -> Any:
         return value
     if value.dtype.itemsize > (8 if value.dtype.kind == "c" else 4):
         return np.asarray(value)
-    return value.addressable_data(0) if len(value.sharding.device_set) > 1 else value
+    return on_one_device(value) if len(value.sharding.device_set) > 1 else value
 
 
 _plans: dict[int, Plan] = {}

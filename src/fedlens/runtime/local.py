@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import jax
@@ -31,9 +31,15 @@ from fedlens.runtime.devices import compute_devices
 from fedlens.runtime.engine import OnNonFinite, Sink, StageCohort, StageResult, check_finite, to_host
 from fedlens.runtime.interpreter import calls_local_computation, evaluate, evaluate_stage, inline, run_step
 from fedlens.runtime.lowering import lowered_for_cpu
+from fedlens.runtime.replicas import on_all_devices
 from fedlens.runtime.values import Part
 
 _AXIS = "clients"
+
+# What a program looks for infinities in: nothing; the sums of all clients, where they show if a client had one; each
+# client's operands, so that it can be named; those, and leaves out the clients that have them.
+_Watch = Literal["nothing", "sums", "clients", "drop"]
+_WATCH: dict[OnNonFinite, _Watch] = {"ignore": "nothing", "raise": "sums", "drop": "drop"}
 
 
 class Local:
@@ -49,6 +55,7 @@ class Local:
         self._mesh = Mesh(np.array(self.devices), (_AXIS,))
         self._everywhere = NamedSharding(self._mesh, PartitionSpec())
         self._by_device = NamedSharding(self._mesh, PartitionSpec(_AXIS))
+        self._in_place = all(device.platform == "cpu" for device in self.devices)
         self._programs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         convolution.install()
         pooling.install()
@@ -66,12 +73,16 @@ class Local:
         outputs: dict[str, list[Part]] = {name: [] for name in stage.outputs}
         dropped: list[np.ndarray] = []
         total: Any = None
-        computing: tuple[list[Share], Any] | None = None
+        computing: tuple[list[Share], Any, Callable[[_Watch], Any]] | None = None
 
-        def take(shares: list[Share], results: Any) -> None:
+        def take(shares: list[Share], results: Any, compute: Callable[[_Watch], Any]) -> None:
             """Hands out what a chunk computed; called when the next one is under way."""
             rows, finite = results
-            dropped.append(_check_chunk(stage, cohort.ids, shares, finite, on_nonfinite))
+            if on_nonfinite == "drop":
+                dropped.append(_check_chunk(stage, cohort.ids, shares, finite, on_nonfinite))
+            elif on_nonfinite == "raise" and not to_host(finite).all():
+                *_, of_clients = compute("clients")  # once more, to see whose it was
+                _check_chunk(stage, cohort.ids, shares, of_clients, on_nonfinite)
             parts = {name: self._parts(shares, rows[name]) for name in stage.outputs}
             if sink is not None:
                 sink(parts)
@@ -80,22 +91,24 @@ class Local:
                     outputs[name] += of_chunk
 
         with jax.enable_x64(True), lowered_for_cpu():
-            held = jax.device_put(dict(shared), self._everywhere)
+            held = on_all_devices(dict(shared), self._everywhere)
             capacity = 0
             for chunk in cohort.chunks(stage):
                 shares = self._deal(stage, cohort, chunk)
                 # A short last chunk takes the capacity of the others, and compiles nothing.
                 capacity = max(bucket(max(len(share) for share in shares)), capacity)
                 packed, counts, layouts = self._pack(stage, cohort, shares, capacity)
-                partial_sums, rows, finite = run_chunk(capacity, layouts, on_nonfinite, held, packed, counts)
+                compute = partial(run_chunk, capacity, layouts, held, packed, counts)
+                partial_sums, rows, finite = compute(_WATCH[on_nonfinite])
                 total = partial_sums if total is None else finish.merge(total, partial_sums)
                 if computing is not None:
                     take(*computing)
-                computing = shares, (rows, finite)
+                computing = shares, (rows, finite), compute
+            results = finish.finish(total)  # under way while the last chunk is awaited
             if computing is not None:
                 take(*computing)
-            results = finish.finish(total)
-        return StageResult(results, {} if sink is not None else outputs, np.concatenate(dropped))
+        positions = np.concatenate([np.zeros(0, np.int64), *dropped])
+        return StageResult(results, {} if sink is not None else outputs, positions)
 
     def run_server(self, stage: ServerStage, environment: Mapping[str, Any]) -> dict[str, Any]:
         """Runs a server stage as one program, or without one if it only moves values; see `Engine.run_server`."""
@@ -109,14 +122,14 @@ class Local:
             read = {name: environment[name] for name in stage.inputs}
             # The one Python number in a positional value is a sequence's length, an int32 wherever it is traced.
             read = jax.tree.map(lambda leaf: np.int32(leaf) if isinstance(leaf, int) else leaf, read)
-            results: dict[str, Any] = program(jax.device_put(read, self._everywhere))
+            results: dict[str, Any] = program(on_all_devices(read, self._everywhere))
         return results
 
     def _client_programs(self, stage: ClientStage) -> tuple[Callable[..., Any], _Finish]:
         programs = self._programs.get(stage)
         if programs is None:
             own = replace(stage)  # as in run_server
-            run_chunk = jax.jit(partial(_run_chunk, own, self._mesh), static_argnums=(0, 1, 2))
+            run_chunk = jax.jit(partial(_run_chunk, own, self._mesh), static_argnums=(0, 1, 5))
             programs = self._programs[stage] = run_chunk, _Finish(own)
         return programs
 
@@ -142,7 +155,7 @@ class Local:
         leaves: list[Sequence[np.ndarray]] = [[np.array([len(share)], np.int32) for share in shares]]
         layouts = []
         for name in stage.columns:
-            by_device, layout = cohort.columns[name].pack(shares, capacity)
+            by_device, layout = cohort.columns[name].pack(shares, capacity, in_place=self._in_place)
             leaves += zip(*by_device, strict=True)
             layouts.append(layout)
         counts, *placed = self._place(leaves)
@@ -188,10 +201,10 @@ def _run_chunk(
     mesh: Mesh,
     capacity: int,
     layouts: tuple[Layout, ...],
-    on_nonfinite: OnNonFinite,
     shared: dict[str, Any],
     packed: list[list[jax.Array]],
     counts: jax.Array,
+    watch: _Watch,
 ) -> tuple[Any, dict[str, list[jax.Array]], jax.Array]:
     """The program of a client stage over one chunk.
 
@@ -200,16 +213,17 @@ def _run_chunk(
       mesh: the devices.
       capacity: rows of outputs for each device.
       layouts: how to read `packed`, column by column.
-      on_nonfinite: whether to look for infinities, and to leave out the clients that have them.
       shared: what all clients see, on all devices.
       packed: for each column its arrays, spread over the devices.
       counts: how many clients each device has.
+      watch: what to look for infinities in.
 
     Returns:
-      The accumulators; the outputs, [devices * capacity, *leaf]; which leaves were finite, [devices * capacity,
-      leaves].
+      The accumulators; the outputs, [devices * capacity, *leaf]; what was finite: each client's leaves, [devices *
+      capacity, leaves], or the accumulators, [devices].
     """
-    checked = 0 if on_nonfinite == "ignore" else len(reductions.checked_leaves(stage.reductions))
+    by_client = watch in ("clients", "drop")
+    checked = len(reductions.checked_leaves(stage.reductions)) if by_client else 0
 
     def share(shared: dict[str, Any], packed: list[list[jax.Array]], counts: jax.Array) -> Any:
         def one_client(position: jax.Array, carry: Any) -> Any:
@@ -227,7 +241,7 @@ def _run_chunk(
             if checked:
                 flags = reductions.finite(stage.reductions, operands)
                 finite = lax.dynamic_update_index_in_dim(finite, flags, position, 0)
-                if on_nonfinite == "drop":
+                if watch == "drop":
                     added = jax.tree.map(lambda new, old: jnp.where(flags.all(), new, old), added, sums)
             rows = {
                 name: [
@@ -247,7 +261,8 @@ def _run_chunk(
             jnp.ones((capacity, checked), jnp.bool_),
         )
         sums, rows, finite = lax.fori_loop(jnp.int32(0), counts[0], one_client, start)
-        return _merge_devices(sums, mesh.size), rows, finite
+        total = _merge_devices(sums, mesh.size)
+        return total, rows, reductions.all_finite(total)[None] if watch == "sums" else finite
 
     spread, everywhere = PartitionSpec(_AXIS), PartitionSpec()
     return jax.shard_map(
@@ -269,8 +284,6 @@ def _merge_devices(sums: Any, devices: int) -> Any:
 def _check_chunk(
     stage: ClientStage, ids: Sequence[str], shares: list[Share], finite: jax.Array, on_nonfinite: OnNonFinite
 ) -> Int[np.ndarray, " dropped"]:
-    if on_nonfinite == "ignore":
-        return np.zeros(0, np.int64)
     by_device = to_host(finite).reshape(len(shares), finite.shape[0] // len(shares), finite.shape[1])
     flags = np.concatenate([rows[: len(share)] for share, rows in zip(shares, by_device, strict=True)])
     positions = np.concatenate(shares)

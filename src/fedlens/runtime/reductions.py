@@ -96,3 +96,9 @@ def finite(steps: Sequence[Step], operands: Sequence[Any]) -> jax.Array:
     inexact = [leaf for leaf in leaves(list(operands)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     flags = [jnp.isfinite(leaf).all() for leaf in inexact]
     return jnp.stack(flags) if flags else jnp.ones((0,), jnp.bool_)
+
+
+def all_finite(accumulators: Any) -> jax.Array:
+    """Whether sums are finite throughout; then so was every operand, as what is not finite stays so in a sum."""
+    flags = [jnp.isfinite(leaf).all() for leaf in leaves(accumulators) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack(flags).all() if flags else jnp.bool_(True)

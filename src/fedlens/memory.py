@@ -1,0 +1,84 @@
+"""Host memory at addresses that XLA reads in place; NumPy's own may be copied first, at 1 GB/s.
+
+What is aligned costs a CPU device nothing to take: the columns of a data set are read where they lie, and the memory of
+packed cohorts is used again.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import weakref
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+_ALIGNMENT = 64  # bytes
+_WORTH_KEEPING = 1 << 20  # bytes
+_KEPT = 4  # pieces of memory of one size
+_spare: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+
+
+def is_aligned(array: np.ndarray) -> bool:
+    """Whether a CPU device can read an array where it lies."""
+    return bool(array.flags.c_contiguous and array.dtype.isnative and array.ctypes.data % _ALIGNMENT == 0)
+
+
+def in_place(array: np.ndarray) -> np.ndarray:
+    """The array itself, if it is aligned or a file that is mapped into memory; otherwise an aligned copy."""
+    if is_aligned(array) or _is_mapped(array):
+        return array
+    copy = aligned(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def taken(
+    array: Shaped[np.ndarray, "rows *leaf"], rows: Int[np.ndarray, " taken"]
+) -> Shaped[np.ndarray, "taken *leaf"]:
+    """`array[rows]` in aligned memory."""
+    chosen = aligned((len(rows), *array.shape[1:]), array.dtype)
+    np.take(array, rows, axis=0, out=chosen, mode="clip")  # "raise" would take through a buffer
+    return chosen
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An uninitialised, aligned array."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    return _from_aligned(memory, size).view(dtype).reshape(shape)
+
+
+def reused(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An uninitialised, aligned array for a while.
+
+    A large one takes the memory of an earlier one that nobody holds any more: fresh memory costs a page fault every
+    4 KiB, which took as long as filling it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    spare = _spare[size]
+    memory = spare.pop() if spare else np.empty(size + _ALIGNMENT, np.uint8)
+    # Every view, and what JAX takes without a copy, holds `owner`: NumPy looks for the owner of memory up to the first
+    # object that is no array, here a memoryview. Its end is therefore the moment when nobody can read the memory.
+    owner = np.frombuffer(memoryview(memory), np.uint8)
+    if size >= _WORTH_KEEPING:
+        weakref.finalize(owner, _give_back, spare, memory).atexit = False
+    return _from_aligned(owner, size).view(dtype).reshape(shape)
+
+
+def _from_aligned(memory: np.ndarray, size: int) -> np.ndarray:
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size]
+
+
+def _give_back(spare: list[np.ndarray], memory: np.ndarray) -> None:
+    if len(spare) < _KEPT:
+        spare.append(memory)
+
+
+def _is_mapped(array: Any) -> bool:
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array, mmap.mmap) or (isinstance(array, memoryview) and isinstance(array.obj, mmap.mmap))
