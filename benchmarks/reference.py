@@ -4,8 +4,8 @@
 
 The floor that fedlens's general engine is measured against. One program a round: `shard_map` over one CPU device per
 core, a scan over the clients of a device (groups of them at a time where the model is tiny), convolutions as products
-of one image's patches, the weighted mean as a running sum. Drawing the cohort, packing its data and moving it to the
-devices are part of a round. With `--capture` every client's local model is written to disk too, one file per leaf and
+of one image's patches, the weighted mean as a running sum. The pool lies at addresses where the devices read it in
+place; drawing the cohort and gathering its data are part of a round. With `--capture` every client's local model is written to disk too, one file per leaf and
 device, and synced.
 """
 
@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from workloads import WORKLOADS, Workload, cohort, data, measure, report  # noqa: E402
 
 Parameters = dict[str, jax.Array]
-CHUNK = 10_000  # clients that are packed and on the devices at once
+CHUNK = 10_000  # clients that are on the devices at once
 GROUPS = {"W4": 50}  # clients that a step of the scan trains side by side
 
 
@@ -140,19 +140,17 @@ def build_chunk(workload: Workload, mesh: Mesh, capture: bool) -> Callable[..., 
         parameters: Parameters, key: jax.Array, features: jax.Array, labels: jax.Array, clients: jax.Array
     ) -> Any:
         def one_group(total: Any, members: Any) -> Any:
-            features, labels, clients = members
-            keys = jax.vmap(partial(jax.random.fold_in, key))(clients)
+            keys = jax.vmap(partial(jax.random.fold_in, key))(members)
             if group == 1:  # products of one client's own size run faster than batches of them
-                local = train(workload, parameters, features[0], labels[0], keys[0])
+                local = train(workload, parameters, features[members[0]], labels[members[0]], keys[0])
                 local = jax.tree.map(lambda leaf: leaf[None], local)
             else:
-                local = jax.vmap(partial(train, workload, parameters))(features, labels, keys)
+                local = jax.vmap(partial(train, workload, parameters))(features[members], labels[members], keys)
             weight = float(workload.examples)
             total = jax.tree.map(lambda s, leaf: s + weight * leaf.sum(0), total, local)
             return total, local if capture else None
 
-        in_groups = jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:]), (features, labels, clients))
-        total, local = lax.scan(one_group, jax.tree.map(jnp.zeros_like, parameters), in_groups)
+        total, local = lax.scan(one_group, jax.tree.map(jnp.zeros_like, parameters), clients.reshape(-1, group))
         total = lax.psum((total, jnp.float32(workload.examples * len(clients))), "clients")
         return total, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), local)
 
@@ -161,7 +159,7 @@ def build_chunk(workload: Workload, mesh: Mesh, capture: bool) -> Callable[..., 
         jax.shard_map(
             one_device,
             mesh=mesh,
-            in_specs=(everywhere, everywhere, by_client, by_client, by_client),
+            in_specs=(everywhere, everywhere, everywhere, everywhere, by_client),
             out_specs=(everywhere, by_client),
             check_vma=False,
         )
@@ -177,11 +175,21 @@ def write(local: Parameters, folder: Path, chunk: int) -> None:
                 os.fsync(file.fileno())
 
 
+def in_place(array: np.ndarray, everywhere: NamedSharding) -> jax.Array:
+    """An array that all CPU devices read where it lies: XLA takes memory at multiples of 64 bytes without a copy."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned[...] = array
+    on_each = [jax.device_put(aligned, device) for device in everywhere.mesh.devices.flat]
+    return jax.make_array_from_single_device_arrays(array.shape, everywhere, on_each)
+
+
 def rounds(workload: Workload, capture: Path | None) -> Callable[[int], None]:
     """The function that runs one round, from the drawing of its cohort to the new global model."""
-    features, labels = data(workload.name)
     mesh = Mesh(np.array(jax.devices()), ("clients",))
     by_client, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec("clients"), PartitionSpec()))
+    features, labels = (in_place(array, everywhere) for array in data(workload.name))
     run_chunk = build_chunk(workload, mesh, capture is not None)
     finish = jax.jit(lambda total, weight: jax.tree.map(lambda leaf: leaf / weight, total))
     parameters = jax.device_put(initialize(workload), everywhere)
@@ -191,9 +199,8 @@ def rounds(workload: Workload, capture: Path | None) -> Callable[[int], None]:
         clients = cohort(workload.name, number)
         key = jax.device_put(jax.random.fold_in(run_key, number), everywhere)
         for start in range(0, workload.clients, CHUNK):
-            members = clients[start : start + CHUNK]
-            packed = jax.device_put((features[members], labels[members], members.astype(np.int32)), by_client)
-            yield run_chunk(parameters, key, *packed)
+            members = jax.device_put(clients[start : start + CHUNK].astype(np.int32), by_client)
+            yield run_chunk(parameters, key, features, labels, members)
 
     def run_round(number: int) -> None:
         nonlocal parameters
