@@ -192,13 +192,13 @@ class FederatedData:
         from fedlens.runtime.cohort import Cohort
         from fedlens.runtime.examples import Examples
 
+        starts, lengths = self.offsets[:-1], np.diff(self.offsets)
         if clients_per_round is None:
-            drawn = np.arange(self.num_clients)
-        else:
-            source = generator("cohort", seed, integer("round", round))
-            drawn = draw(source, clients_per_round, self.num_clients, "clients_per_round")
-        examples = Examples(self.columns, self.offsets[drawn], np.diff(self.offsets)[drawn])
-        return Cohort.from_examples([self.ids[position] for position in drawn], examples)
+            return Cohort.from_examples(self.ids, Examples(self.columns, starts, lengths), checked=True)
+        source = generator("cohort", seed, integer("round", round))
+        drawn = draw(source, clients_per_round, self.num_clients, "clients_per_round")
+        ids = [self.ids[position] for position in drawn.tolist()]
+        return Cohort.from_examples(ids, Examples(self.columns, starts[drawn], lengths[drawn]), checked=True)
 
     def sample(self, clients: int, seed: int = 0) -> FederatedData:
         """A smaller data set of `clients` clients drawn uniformly, in the order they have here.

@@ -43,17 +43,23 @@ def client_keys(key: KeyData, round_number: int, ids: Sequence[str]) -> UInt32[n
 
     The hash is a 64-bit BLAKE2b, as Python's own `hash` of a string differs from process to process.
     """
-    halves = np.array([_id_halves(client_id) for client_id in ids], np.uint32)
+    halves = _id_halves(tuple(ids))
     capacity = bucket(len(ids))  # so that cohorts of new sizes rarely compile anew
     padded = np.zeros((capacity, 2), np.uint32)
     padded[: len(ids)] = halves
     return np.asarray(_fold(np.asarray(key, np.uint32), np.uint32(round_number), padded))[: len(ids)]
 
 
+@lru_cache(maxsize=4)  # a cohort of everybody comes again and again
+def _id_halves(ids: tuple[str, ...]) -> UInt32[np.ndarray, "clients 2"]:
+    """The lower and the upper half of each id's hash."""
+    hashes = np.fromiter(map(_id_hash, ids), np.uint64, len(ids))
+    return np.stack([hashes & np.uint64(0xFFFFFFFF), hashes >> np.uint64(32)], axis=1).astype(np.uint32)
+
+
 @lru_cache(maxsize=1 << 20)
-def _id_halves(client_id: str) -> tuple[int, int]:
-    digest = hashlib.blake2b(client_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+def _id_hash(client_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(client_id.encode(), digest_size=8).digest(), "little")
 
 
 @jax.jit

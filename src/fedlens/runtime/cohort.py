@@ -48,8 +48,16 @@ class Cohort:
         self._hold(ids, source, chunk_size)
 
     @classmethod
-    def from_examples(cls, ids: Sequence[str], examples: Examples, *, chunk_size: int | None = None) -> Cohort:
+    def from_examples(
+        cls, ids: Sequence[str], examples: Examples, *, chunk_size: int | None = None, checked: bool = False
+    ) -> Cohort:
         """Makes a cohort whose clients hold runs of rows in shared arrays; nothing is copied.
+
+        Args:
+          ids: the client ids.
+          examples: their rows.
+          chunk_size: how many clients are computed at once, at least 1.
+          checked: whether `ids` are known to be good, as those of a data set are; checking 100,000 takes 15 ms.
 
         Raises:
           CohortError: as for `Cohort`, or there are not as many runs of rows as ids.
@@ -59,23 +67,24 @@ class Cohort:
                 f"Expected a start and a length for each of {len(ids)} client ids, "
                 f"found {len(examples.starts)} starts and {len(examples.lengths)} lengths."
             )
-        return cls._of(ids, examples, chunk_size)
+        return cls._of(ids, examples, chunk_size, checked)
 
     @classmethod
     def from_client_values(cls, values: ClientValues, *, chunk_size: int | None = None) -> Cohort:
         """Makes a cohort of what the clients of an earlier call returned."""
-        return cls._of(values.ids, values, chunk_size)
+        return cls._of(values.ids, values, chunk_size, checked=True)
 
     @classmethod
-    def _of(cls, ids: Sequence[str], source: object, chunk_size: int | None) -> Cohort:
+    def _of(cls, ids: Sequence[str], source: object, chunk_size: int | None, checked: bool) -> Cohort:
         cohort = cls.__new__(cls)
-        cohort._hold(ids, source, chunk_size)
+        cohort._hold(ids, source, chunk_size, checked)
         return cohort
 
-    def _hold(self, ids: Sequence[str], source: Any, chunk_size: int | None) -> None:
+    def _hold(self, ids: Sequence[str], source: Any, chunk_size: int | None, checked: bool = False) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise CohortError(f"Expected a chunk size of at least 1, found {chunk_size}.")
-        _check_ids(ids)
+        if not checked:
+            _check_ids(ids)
         self.ids: tuple[str, ...] = tuple(ids)
         self.chunk_size = chunk_size
         self._source: list[Any] | Examples | ClientValues = source
