@@ -23,10 +23,11 @@ def _engines():
         "debug": Debug,
         "local, 1 device": lambda: Local(jax.local_devices()[:1]),
         "local, 2 devices": lambda: Local(jax.local_devices()[:2]),
+        "local, 16 side by side": lambda: Local(jax.local_devices()[:2], clients_per_step=16),
     }
 
 
-@pytest.fixture(scope="session", params=["debug", "local, 1 device", "local, 2 devices"])
+@pytest.fixture(scope="session", params=["debug", "local, 1 device", "local, 2 devices", "local, 16 side by side"])
 def engine(request: pytest.FixtureRequest):
     """Every engine in turn; one for the whole session, as it holds the compiled programs."""
     return _engines()[request.param]()

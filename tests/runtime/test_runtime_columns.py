@@ -1,5 +1,7 @@
 """Columns: how clients' values are laid out for devices."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -51,15 +53,16 @@ def test_packed_rows_are_the_clients_rows_one_after_the_other(of_clients, device
 
 def test_aligned_rows_are_read_in_place():
     rows = in_place(np.arange(40, dtype=np.int32))
-    column = SequenceColumn(fed.TensorType(np.int32), (rows,), np.array([3, 20]), np.array([5, 2]), None, masked=False)
+    starts, lengths = np.array([3, 20]), np.array([5, 2])
+    column = SequenceColumn(fed.TensorType(np.int32), (rows,), starts, lengths, None, masked=False, in_place=True)
     shares = [np.array([1]), np.array([0])]
     arrays, _ = column.pack(shares, capacity=1, in_place=True)
     assert all(of_device[0] is rows for of_device in arrays)
     assert [[list(part) for part in of_device[1:]] for of_device in arrays] == [[[20], [2]], [[3], [5]]]
-    unaligned = SequenceColumn(column.element_type, (rows[1:],), column.starts, column.lengths, None, masked=False)
-    copied, _ = unaligned.pack(shares, capacity=1, in_place=True)
-    assert list(copied[0][0][:2]) == [21, 22]
-    assert list(copied[1][0][:5]) == [4, 5, 6, 7, 8]
+    for elsewhere, devices_read_host_memory in ((column, False), (replace(column, in_place=False), True)):
+        copied, _ = elsewhere.pack(shares, capacity=1, in_place=devices_read_host_memory)
+        assert list(copied[0][0][:2]) == [20, 21]
+        assert list(copied[1][0][:5]) == [3, 4, 5, 6, 7]
 
 
 @given(lengths)

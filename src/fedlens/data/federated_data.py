@@ -22,7 +22,7 @@ from fedlens.data.columns import Columns, check_columns, check_same_type, rows_o
 from fedlens.data.rows import check_ids, check_offsets, offsets_of, owners
 from fedlens.data.sampling import draw, generator, integer
 from fedlens.errors import DataError
-from fedlens.memory import in_place, taken
+from fedlens.memory import in_place, is_aligned, taken
 
 if TYPE_CHECKING:  # the runtime loads JAX, which reading data does not need
     import federated_language as fl
@@ -193,12 +193,14 @@ class FederatedData:
         from fedlens.runtime.examples import Examples
 
         starts, lengths = self.offsets[:-1], np.diff(self.offsets)
+        aligned = all(map(is_aligned, self.columns.values()))
         if clients_per_round is None:
-            return Cohort.from_examples(self.ids, Examples(self.columns, starts, lengths), checked=True)
+            return Cohort.from_examples(self.ids, Examples(self.columns, starts, lengths, aligned), checked=True)
         source = generator("cohort", seed, integer("round", round))
         drawn = draw(source, clients_per_round, self.num_clients, "clients_per_round")
         ids = [self.ids[position] for position in drawn.tolist()]
-        return Cohort.from_examples(ids, Examples(self.columns, starts[drawn], lengths[drawn]), checked=True)
+        examples = Examples(self.columns, starts[drawn], lengths[drawn], aligned)
+        return Cohort.from_examples(ids, examples, checked=True)
 
     def sample(self, clients: int, seed: int = 0) -> FederatedData:
         """A smaller data set of `clients` clients drawn uniformly, in the order they have here.

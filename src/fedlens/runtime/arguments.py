@@ -199,7 +199,7 @@ def _column_of_examples(
             f"found {lengths[position]} in client {client_id!r}. "
             f"Use fed.batch_type(element_type, {size}), which adds a mask."
         )
-    return SequenceColumn(type_.element, tuple(leaves), starts, lengths, rows_per_batch=size, masked=masked)
+    return SequenceColumn(type_.element, tuple(leaves), starts, lengths, size, masked, examples.in_place)
 
 
 def _column_of_values(values: ClientValues, type_: fl.Type, order: np.ndarray | None) -> TensorColumn:

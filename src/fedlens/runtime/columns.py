@@ -21,7 +21,7 @@ from jaxtyping import Int, Shaped
 from fedlens.errors import UnsupportedError
 from fedlens.language import Sequence as ClientSequence
 from fedlens.language.sequence import SequenceLayout
-from fedlens.memory import is_aligned, reused
+from fedlens.memory import reused
 
 _MAX_ROWS = np.iinfo(np.int32).max  # row numbers are int32 in a program
 
@@ -61,7 +61,7 @@ class Column(Protocol):
         Args:
           shares: the clients of each device.
           capacity: how many clients a device's arrays have room for.
-          in_place: whether the devices read host memory: rows at suitable addresses are then not copied.
+          in_place: whether the devices read host memory: rows that may stay where they are are then not copied.
         """
 
 
@@ -112,6 +112,7 @@ class SequenceColumn:
       lengths: number of rows of each client.
       rows_per_batch: how many rows make a batch; None when a row is a batch.
       masked: whether a batch ends in a mask field that is not among `leaves`.
+      in_place: whether a CPU device may read `leaves` where they lie.
     """
 
     element_type: fl.Type
@@ -120,6 +121,7 @@ class SequenceColumn:
     lengths: Int[np.ndarray, " clients"]
     rows_per_batch: int | None
     masked: bool
+    in_place: bool = False
 
     def costs(self) -> Int[np.ndarray, " clients"]:
         """The number of batches of each client, at least 1."""
@@ -146,7 +148,7 @@ class SequenceColumn:
         """
         lengths = [self.lengths[share] for share in shares]
         longest = bucket(max(int(of_share.max(initial=1)) for of_share in lengths))
-        if in_place and self._is_readable_in_place():
+        if in_place and self.in_place and all(0 < len(leaf) <= _MAX_ROWS for leaf in self.leaves):
             starts = [self.starts[share] for share in shares]
             rows = [list(self.leaves)] * len(shares)
         else:
@@ -160,10 +162,9 @@ class SequenceColumn:
             [*of_share, _filled(start.astype(np.int32), capacity), _filled(length.astype(np.int32), capacity)]
             for of_share, start, length in zip(rows, starts, lengths, strict=True)
         ]
-        return arrays, Layout(len(self.leaves) + 2, _SequenceReader(self._layout(longest)))
-
-    def _is_readable_in_place(self) -> bool:
-        return all(0 < len(leaf) <= _MAX_ROWS and is_aligned(leaf) for leaf in self.leaves)
+        # Only then does a loop over several clients side by side need no mask: 10 % of logistic regression's time.
+        alike = bool(np.ptp(np.concatenate(lengths)) == 0)
+        return arrays, Layout(len(self.leaves) + 2, _SequenceReader(self._layout(longest), alike))
 
     def _layout(self, max_rows: int) -> SequenceLayout:
         return SequenceLayout(self.element_type, self.rows_per_batch, self.masked, max(max_rows, 1))
@@ -172,10 +173,12 @@ class SequenceColumn:
 @dataclass(frozen=True)
 class _SequenceReader:
     layout: SequenceLayout
+    alike: bool  # whether all clients have equally many rows
 
     def __call__(self, arrays: Sequence[jax.Array], position: jax.Array) -> ClientSequence:
         *leaves, starts, lengths = arrays
-        return ClientSequence(tuple(leaves), starts[position], lengths[position], None, self.layout)
+        length = lengths[0] if self.alike else lengths[position]
+        return ClientSequence(tuple(leaves), starts[position], length, None, self.layout)
 
 
 @dataclass(frozen=True)

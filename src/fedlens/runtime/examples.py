@@ -19,8 +19,11 @@ class Examples:
       columns: name -> array, one row an example; all columns have the same number of rows.
       starts: first row of each client.
       lengths: number of rows of each client; 0 is allowed.
+      in_place: whether a CPU device may read the columns where they lie, at addresses that suit it (`fedlens.memory`).
+        Nothing is packed then; but a program is compiled for the number of rows of the columns.
     """
 
     columns: Mapping[str, Shaped[np.ndarray, "rows *feature"]]
     starts: Int[np.ndarray, " clients"]
     lengths: Int[np.ndarray, " clients"]
+    in_place: bool = False

@@ -1,9 +1,7 @@
 """The local engine: one XLA program for each client stage, over all devices of this machine.
 
-Clients are dealt to devices, largest first; each device walks over its share in one loop whose body is the fused stage:
-all maps, the reductions' accumulation, and the writing of outputs into their rows. A loop, not a batch over clients: on
-two CPU cores `vmap` over clients was five times slower for a 200-unit MLP. The trip count is the share's own, so
-padding costs memory and no time. `shard_map(check_vma=False)`, as a user's own `scan` inside would fail the check.
+Clients are dealt to devices, largest first; each device walks over its share in one loop (`chunk_program`). A cohort
+runs in chunks; what one chunk gave is handed out while the next computes.
 """
 
 from __future__ import annotations
@@ -13,33 +11,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from fedlens.compiler import ClientStage, ServerStage
-from fedlens.language.types import tensor_types
-from fedlens.runtime import convolution, pooling, reductions
+from fedlens.errors import ConfigError
+from fedlens.language.types import num_bytes
+from fedlens.runtime import chunk_program, convolution, pooling, reductions
+from fedlens.runtime.chunk_program import AXIS, Watch
 from fedlens.runtime.columns import Layout, Share, bucket
 from fedlens.runtime.devices import compute_devices
 from fedlens.runtime.engine import OnNonFinite, Sink, StageCohort, StageResult, check_finite, to_host
-from fedlens.runtime.interpreter import calls_local_computation, evaluate, evaluate_stage, inline, run_step
+from fedlens.runtime.interpreter import calls_local_computation, evaluate_stage, inline
 from fedlens.runtime.lowering import lowered_for_cpu
 from fedlens.runtime.replicas import on_all_devices
 from fedlens.runtime.values import Part
 
-_AXIS = "clients"
-
-# What a program looks for infinities in: nothing; the sums of all clients, where they show if a client had one; each
-# client's operands, so that it can be named; those, and leaves out the clients that have them.
-_Watch = Literal["nothing", "sums", "clients", "drop"]
-_WATCH: dict[OnNonFinite, _Watch] = {"ignore": "nothing", "raise": "sums", "drop": "drop"}
+_GROUP = 16  # clients; 32 and 64 were no faster
+_TINY = 16 * 1024  # bytes of what a client computes; 16 of them then fit into a core's cache
+_MANY = 16 * _GROUP  # clients of a device
+_WATCH: dict[OnNonFinite, Watch] = {"ignore": "nothing", "raise": "sums", "drop": "drop"}
 
 
 class Local:
@@ -47,15 +43,25 @@ class Local:
 
     Attributes:
       devices: what it computes on; by default all that JAX's default backend has.
+      clients_per_step: how many clients a device computes side by side (by `vmap`); None chooses 16 where there are
+        many clients and what each computes is tiny, and 1 otherwise.
     """
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None):
-        """Takes the devices to compute on, at least one."""
+    def __init__(self, devices: Sequence[jax.Device] | None = None, *, clients_per_step: int | None = None):
+        """Takes the devices to compute on, at least one, and how many clients a device computes side by side.
+
+        Raises:
+          ConfigError: `clients_per_step` is below 1.
+        """
+        if clients_per_step is not None and clients_per_step < 1:
+            raise ConfigError(f"Expected clients_per_step to be at least 1, found {clients_per_step}.")
+        self.clients_per_step = clients_per_step
         self.devices = tuple(devices) if devices is not None else compute_devices()
-        self._mesh = Mesh(np.array(self.devices), (_AXIS,))
+        self._mesh = Mesh(np.array(self.devices), (AXIS,))
         self._everywhere = NamedSharding(self._mesh, PartitionSpec())
-        self._by_device = NamedSharding(self._mesh, PartitionSpec(_AXIS))
+        self._by_device = NamedSharding(self._mesh, PartitionSpec(AXIS))
         self._in_place = all(device.platform == "cpu" for device in self.devices)
+        self._one_by_one: WeakSet[ClientStage] = WeakSet()  # stages that cannot be computed side by side
         self._programs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         convolution.install()
         pooling.install()
@@ -69,13 +75,40 @@ class Local:
         on_nonfinite: OnNonFinite = "ignore",
     ) -> StageResult:
         """Runs a client stage; see `Engine.run_clients`."""
+        group = self._group(stage, cohort)
+        try:
+            return self._run_clients(stage, shared, cohort, sink, on_nonfinite, group)
+        except NotImplementedError:  # JAX's for an operation without a rule for batches, such as an exported program
+            if group == 1 or self.clients_per_step is not None:
+                raise
+            self._one_by_one.add(stage)
+            return self._run_clients(stage, shared, cohort, sink, on_nonfinite, 1)
+
+    def _group(self, stage: ClientStage, cohort: StageCohort) -> int:
+        """How many clients a device computes side by side: several if there are many and what each gives is tiny."""
+        if self.clients_per_step is not None:
+            return self.clients_per_step
+        values = [step.operand.type_signature for step in stage.reductions if step.operand is not None]
+        tiny = sum(map(num_bytes, (*values, *stage.output_types))) <= _TINY
+        many = len(cohort.chunks(stage)[0]) >= _MANY * len(self.devices)
+        return _GROUP if tiny and many and stage not in self._one_by_one else 1
+
+    def _run_clients(
+        self,
+        stage: ClientStage,
+        shared: Mapping[str, Any],
+        cohort: StageCohort,
+        sink: Sink | None,
+        on_nonfinite: OnNonFinite,
+        group: int,
+    ) -> StageResult:
         run_chunk, finish = self._client_programs(stage)
         outputs: dict[str, list[Part]] = {name: [] for name in stage.outputs}
         dropped: list[np.ndarray] = []
         total: Any = None
-        computing: tuple[list[Share], Any, Callable[[_Watch], Any]] | None = None
+        computing: tuple[list[Share], Any, Callable[[Watch], Any]] | None = None
 
-        def take(shares: list[Share], results: Any, compute: Callable[[_Watch], Any]) -> None:
+        def take(shares: list[Share], results: Any, compute: Callable[[Watch], Any]) -> None:
             """Hands out what a chunk computed; called when the next one is under way."""
             rows, finite = results
             if on_nonfinite == "drop":
@@ -94,11 +127,11 @@ class Local:
             held = on_all_devices(dict(shared), self._everywhere)
             capacity = 0
             for chunk in cohort.chunks(stage):
-                shares = self._deal(stage, cohort, chunk)
+                shares = self._deal(stage, cohort, chunk, group)
                 # A short last chunk takes the capacity of the others, and compiles nothing.
-                capacity = max(bucket(max(len(share) for share in shares)), capacity)
+                capacity = max(-(-bucket(max(len(share) for share in shares)) // group) * group, capacity)
                 packed, counts, layouts = self._pack(stage, cohort, shares, capacity)
-                compute = partial(run_chunk, capacity, layouts, held, packed, counts)
+                compute = partial(run_chunk, capacity, group, layouts, held, packed, counts)
                 partial_sums, rows, finite = compute(_WATCH[on_nonfinite])
                 total = partial_sums if total is None else finish.merge(total, partial_sums)
                 if computing is not None:
@@ -129,23 +162,33 @@ class Local:
         programs = self._programs.get(stage)
         if programs is None:
             own = replace(stage)  # as in run_server
-            run_chunk = jax.jit(partial(_run_chunk, own, self._mesh), static_argnums=(0, 1, 5))
+            run_chunk = jax.jit(partial(chunk_program.run_chunk, own, self._mesh), static_argnums=(0, 1, 2, 6))
             programs = self._programs[stage] = run_chunk, _Finish(own)
         return programs
 
-    def _deal(self, stage: ClientStage, cohort: StageCohort, chunk: Int[np.ndarray, " clients"]) -> list[Share]:
-        """Deals a chunk's clients to devices, largest first to the least loaded; each share in cohort order."""
+    def _deal(
+        self, stage: ClientStage, cohort: StageCohort, chunk: Int[np.ndarray, " clients"], group: int
+    ) -> list[Share]:
+        """Deals a chunk's clients to devices, largest first to the least loaded.
+
+        Each share is in cohort order; or largest first if clients run in groups, whose time is that of the largest.
+        """
         count = len(self.devices)
         costs = [cohort.columns[name].costs()[chunk] for name in stage.columns]
         cost: np.ndarray = np.max(costs, axis=0) if costs else np.ones(len(chunk), np.int64)
-        if count == 1 or bool(np.all(cost == cost[0])):
+        if bool(np.all(cost == cost[0])):
             return np.array_split(chunk, count)
+        order = np.argsort(-cost, kind="stable")
+        if count == 1:
+            return [chunk if group == 1 else chunk[order]]
         loads = [(0, device) for device in range(count)]
         of_device = np.empty(len(chunk), np.int64)
-        for client in np.argsort(-cost, kind="stable"):
+        for client in order:
             load, device = heapq.heappop(loads)
             of_device[client] = device
             heapq.heappush(loads, (load + int(cost[client]), device))
+        if group > 1:
+            chunk, of_device = chunk[order], of_device[order]
         return [chunk[of_device == device] for device in range(count)]
 
     def _pack(
@@ -194,91 +237,6 @@ class _Finish:
         self.finish = jax.jit(
             lambda total: {step.name: reductions.finish(step, total[step.name]) for step in stage.reductions}
         )
-
-
-def _run_chunk(
-    stage: ClientStage,
-    mesh: Mesh,
-    capacity: int,
-    layouts: tuple[Layout, ...],
-    shared: dict[str, Any],
-    packed: list[list[jax.Array]],
-    counts: jax.Array,
-    watch: _Watch,
-) -> tuple[Any, dict[str, list[jax.Array]], jax.Array]:
-    """The program of a client stage over one chunk.
-
-    Args:
-      stage: what to compute.
-      mesh: the devices.
-      capacity: rows of outputs for each device.
-      layouts: how to read `packed`, column by column.
-      shared: what all clients see, on all devices.
-      packed: for each column its arrays, spread over the devices.
-      counts: how many clients each device has.
-      watch: what to look for infinities in.
-
-    Returns:
-      The accumulators; the outputs, [devices * capacity, *leaf]; what was finite: each client's leaves, [devices *
-      capacity, leaves], or the accumulators, [devices].
-    """
-    by_client = watch in ("clients", "drop")
-    checked = len(reductions.checked_leaves(stage.reductions)) if by_client else 0
-
-    def share(shared: dict[str, Any], packed: list[list[jax.Array]], counts: jax.Array) -> Any:
-        def one_client(position: jax.Array, carry: Any) -> Any:
-            sums, rows, finite = carry
-            values = dict(shared)
-            for name, layout, arrays in zip(stage.columns, layouts, packed, strict=True):
-                values[name] = layout.client(arrays, position)
-            for step in stage.body:
-                values[step.name] = run_step(step, values, inline)
-            operands = [evaluate(step.operand, values, inline) for step in stage.reductions]
-            added = {
-                step.name: reductions.accumulate(step, sums[step.name], operand)
-                for step, operand in zip(stage.reductions, operands, strict=True)
-            }
-            if checked:
-                flags = reductions.finite(stage.reductions, operands)
-                finite = lax.dynamic_update_index_in_dim(finite, flags, position, 0)
-                if watch == "drop":
-                    added = jax.tree.map(lambda new, old: jnp.where(flags.all(), new, old), added, sums)
-            rows = {
-                name: [
-                    lax.dynamic_update_index_in_dim(buffer, leaf, position, 0)
-                    for buffer, leaf in zip(rows[name], reductions.leaves(values[name]), strict=True)
-                ]
-                for name in stage.outputs
-            }
-            return added, rows, finite
-
-        start = (
-            {step.name: reductions.zeros(step) for step in stage.reductions},
-            {
-                name: [jnp.zeros((capacity, *tensor.shape), tensor.dtype) for tensor in tensor_types(type_)]
-                for name, type_ in zip(stage.outputs, stage.output_types, strict=True)
-            },
-            jnp.ones((capacity, checked), jnp.bool_),
-        )
-        sums, rows, finite = lax.fori_loop(jnp.int32(0), counts[0], one_client, start)
-        total = _merge_devices(sums, mesh.size)
-        return total, rows, reductions.all_finite(total)[None] if watch == "sums" else finite
-
-    spread, everywhere = PartitionSpec(_AXIS), PartitionSpec()
-    return jax.shard_map(
-        share, mesh=mesh, in_specs=(everywhere, spread, spread), out_specs=(everywhere, spread, spread), check_vma=False
-    )(shared, packed, counts)
-
-
-def _merge_devices(sums: Any, devices: int) -> Any:
-    """The accumulators of all devices, merged in their order: an all-reduce need not give the same bits every time."""
-    if devices == 1:
-        return sums
-    of_each = lax.all_gather(sums, _AXIS)
-    total = jax.tree.map(lambda leaf: leaf[0], of_each)
-    for device in range(1, devices):
-        total = reductions.merge(total, jax.tree.map(lambda leaf, device=device: leaf[device], of_each))
-    return total
 
 
 def _check_chunk(

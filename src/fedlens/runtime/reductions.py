@@ -14,6 +14,7 @@ import federated_language as fl
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from fedlens.compiler import Step
 from fedlens.language.types import leaf_paths, tensor_types
@@ -42,6 +43,28 @@ def accumulate(step: Step, accumulator: Sequence[jax.Array], operand: Any) -> li
         for total, leaf in zip(totals, leaves(value), strict=True)
     ]
     return [*weighted, total_weight + weight.astype(jnp.float64)]
+
+
+def accumulate_group(
+    step: Step, accumulator: Sequence[jax.Array], operands: Any, counted: Bool[Array, " group"]
+) -> list[jax.Array]:
+    """Adds the operands of several clients, stacked along their first axis, of those that are `counted`."""
+    value, weight = operands if step.operation == "federated_weighted_mean" else (operands, None)
+    added = []
+    for total, leaf in zip(accumulator, leaves(value), strict=False):
+        of_each = leaf.astype(total.dtype)
+        if weight is not None:
+            of_each = of_each * _along(weight.astype(total.dtype), of_each)
+        added.append(total + jnp.where(_along(counted, of_each), of_each, 0).sum(axis=0, dtype=total.dtype))
+    if step.operation == "federated_sum":
+        return added
+    weights = jnp.ones(counted.shape, jnp.float64) if weight is None else weight.astype(jnp.float64)
+    return [*added, accumulator[-1] + jnp.where(counted, weights, 0).sum()]
+
+
+def _along(of_clients: jax.Array, leaf: jax.Array) -> jax.Array:
+    """One number for each client, shaped to multiply the clients' leaves."""
+    return of_clients.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def merge(first: Any, second: Any) -> Any:
