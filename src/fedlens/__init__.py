@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _MODULES = {  # module -> the names that it gives to this one
     "fedlens.errors": (
+        "BoundError",
         "CohortError",
         "ConfigError",
         "DataError",
@@ -26,10 +27,21 @@ _MODULES = {  # module -> the names that it gives to this one
         "StructureError",
         "UnsupportedError",
     ),
-    "fedlens.language": ("Sequence", "batch_type", "federated_map", "federated_zip", "jax_computation", "type_of"),
-    "fedlens.runtime": ("ClientValues", "Cohort", "use"),
+    "fedlens.language": (
+        "Sequence",
+        "batch_type",
+        "federated_map",
+        "federated_zip",
+        "jax_computation",
+        "python_computation",
+        "to_portable",
+        "type_of",
+    ),
+    "fedlens.runtime": ("ClientValues", "Cohort", "ProgramCall", "async_context", "program_context", "use"),
+    "fedlens.data.program_source": ("CohortSource",),
     "fedlens.learning.models": ("Model",),
     "fedlens.ledger": ("Ledger",),
+    "fedlens.report.plans": ("explain",),
     "fedlens.study": ("resume", "run"),
 }
 _SUBMODULES = {

@@ -24,6 +24,10 @@ class NonFiniteError(FedlensError, ArithmeticError):
     """A client sent infinities or NaNs into an aggregation."""
 
 
+class BoundError(FedlensError, ValueError):
+    """A client's integers are beyond the bound of a secure sum or of a select, or their sum does not fit its dtype."""
+
+
 class UnsupportedError(FedlensError, NotImplementedError):
     """A part of the language, or of a library, that fedlens does not execute."""
 

@@ -23,6 +23,7 @@ from fedlens.language.types import leaf_paths
 from fedlens.learning import LearningProcess, LocalModels, ServerState, build_fed_eval
 from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord
 from fedlens.report.progress import ProgressDisplay, RoundReport
+from fedlens.runtime import stage_log
 
 _STUDY = "study"  # where in a ledger's config the arguments of `run` stand
 
@@ -206,7 +207,9 @@ class _Study:
                     measured = self._evaluate(state.weights, self._test).metrics
                     metrics |= {f"test_{name}": value for name, value in measured.items() if name != "num_examples"}
                 if self._writer is not None:
-                    self._writer.record(_record(number, before, state, metrics, local[0]))
+                    facts = {"round": number, "clients": len(cohort)}
+                    with stage_log.timed("ledger", facts.copy), stage_log.phase("writing"):
+                        self._writer.record(_record(number, before, state, metrics, local[0]))
                 history.append(metrics)
                 report = RoundReport(number, self._plan.rounds, len(cohort), time.perf_counter() - started, metrics)
                 display.round_done(report)

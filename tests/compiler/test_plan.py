@@ -7,7 +7,7 @@ from federated_language import framework
 
 import fedlens as fed
 from fedlens.compiler import ClientStage, ServerStage, plan
-from fedlens.errors import UnsupportedError
+from fedlens.errors import LanguageError, UnsupportedError
 
 AT_CLIENTS = fed.FederatedType(np.float32, fed.CLIENTS)
 AT_SERVER = fed.FederatedType(np.float32, fed.SERVER)
@@ -128,41 +128,113 @@ def test_an_all_equal_argument_is_no_column():
     assert (stage.columns, stage.shared) == (("arg[0]",), ("arg[1]",))
 
 
-def mapped_over_sequences(operator):
-    inner = fed.federated_computation(operator, fed.SequenceType(np.float32))
-    return fed.federated_computation(
-        lambda x: fed.federated_map(inner, x), fed.FederatedType(fed.SequenceType(np.float32), fed.CLIENTS)
+def built(parameter_type, uri, result_type):
+    """A computation that is one called intrinsic, as hand-written building blocks have it."""
+    intrinsic = framework.Intrinsic(uri, fed.FunctionType(parameter_type, result_type))
+    parameter = framework.Reference("x", parameter_type)
+    return framework.ConcreteComputation.from_building_block(
+        framework.Lambda("x", parameter_type, framework.Call(intrinsic, parameter))
     )
 
 
-UNSUPPORTED = {
-    "federated_aggregate": lambda: fed.federated_computation(
-        lambda x: fed.federated_aggregate(x, np.float32(0), add, add, double), AT_CLIENTS
-    ),
-    "federated_min": lambda: fed.federated_computation(lambda x: fed.federated_min(x), AT_CLIENTS),
-    "federated_max": lambda: fed.federated_computation(lambda x: fed.federated_max(x), AT_CLIENTS),
-    "federated_secure_sum": lambda: fed.federated_computation(
-        lambda x: fed.federated_secure_sum(x, 10), fed.FederatedType(np.int32, fed.CLIENTS)
-    ),
-    "federated_secure_sum_bitwidth": lambda: fed.federated_computation(
-        lambda x: fed.federated_secure_sum_bitwidth(x, 8), fed.FederatedType(np.int32, fed.CLIENTS)
-    ),
-    "federated_select": lambda: fed.federated_computation(
-        lambda keys, most, values: fed.federated_select(
-            keys, most, values, fed.jax_computation(lambda values, key: values, np.float32, np.int32)
-        ),
-        [fed.FederatedType((np.int32, [2]), fed.CLIENTS), fed.FederatedType(np.int32, fed.SERVER), AT_SERVER],
-    ),
-    "sequence_sum": lambda: mapped_over_sequences(lambda x: fed.sequence_sum(x)),
-    "sequence_map": lambda: mapped_over_sequences(lambda x: fed.sequence_sum(fed.sequence_map(double, x))),
-    "sequence_reduce": lambda: mapped_over_sequences(lambda x: fed.sequence_reduce(x, np.float32(0), add)),
-}
-
-
-@pytest.mark.parametrize("uri", UNSUPPORTED)
+@pytest.mark.parametrize("uri", ["federated_median", "federated_collect"])
 def test_an_intrinsic_that_is_not_executed_is_named(uri):
     with pytest.raises(UnsupportedError, match=f"Expected an intrinsic that fedlens executes, found '{uri}'"):
-        plan(UNSUPPORTED[uri]())
+        plan(built(AT_CLIENTS, uri, AT_SERVER))
+
+
+def test_an_intrinsic_inside_a_mapped_function_is_named_too():
+    number = fed.TensorType(np.float32)
+    unknown = framework.Intrinsic("absolute_value", fed.FunctionType(number, number))
+    mapped = framework.Lambda("x", number, framework.Call(unknown, framework.Reference("x", number)))
+    whole = framework.create_federated_map(mapped, framework.Reference("values", AT_CLIENTS))
+    with pytest.raises(UnsupportedError, match="found 'absolute_value'"):
+        plan(framework.ConcreteComputation.from_building_block(framework.Lambda("values", AT_CLIENTS, whole)))
+
+
+@pytest.mark.parametrize(
+    ("uri", "dtype", "words"),
+    [
+        ("federated_sum", np.bool_, "numbers"),
+        ("federated_mean", np.int32, "floating-point or complex numbers"),
+        ("federated_min", np.complex64, "integers or floating-point numbers"),
+        ("federated_max", np.bool_, "integers or floating-point numbers"),
+    ],
+)
+def test_what_the_language_refuses_is_refused_in_hand_written_blocks_too(uri, dtype, words):
+    type_ = fed.to_type([("a", np.float32), ("b", dtype)])
+    computation = built(fed.FederatedType(type_, fed.CLIENTS), uri, fed.FederatedType(type_, fed.SERVER))
+    with pytest.raises(LanguageError, match=rf"Expected {words} in {uri}_0, found {np.dtype(dtype).name} in leaf 'b'"):
+        plan(computation)
+
+
+SEQUENCES_AT_CLIENTS = fed.FederatedType(fed.SequenceType(np.float32), fed.CLIENTS)
+
+
+def test_sequences_leave_no_stage_and_are_made_where_they_are_read():
+    @fed.federated_computation(SEQUENCES_AT_CLIENTS)
+    def twice_read(numbers):
+        doubled = fed.sequence_map(double, numbers)
+        mean = fed.federated_broadcast(fed.federated_mean(fed.sequence_sum(doubled)))
+        return fed.federated_sum(fed.sequence_reduce(doubled, mean, add))
+
+    first, second = client_stages(twice_read)
+    [made] = {step.name for step in first.body} & {step.name for step in second.body}
+    assert [step.is_lazy for step in first.body if step.name == made] == [True]
+    assert (first.outputs, second.outputs) == ((), ())
+    assert first.columns == second.columns == ("arg",)
+
+
+def test_what_only_a_sequences_map_captures_is_no_output_of_the_same_pass():
+    """A zip with the data is a sequence too: what else is in it stays in the pass."""
+
+    @fed.federated_computation(SEQUENCES_AT_CLIENTS, AT_CLIENTS)
+    def folded(numbers, values):
+        inner = fed.federated_computation(
+            lambda pair: fed.sequence_reduce(pair[0], pair[1], add),
+            fed.to_type([fed.SequenceType(np.float32), np.float32]),
+        )
+        return fed.federated_sum(fed.federated_map(inner, (numbers, fed.federated_map(double, values))))
+
+    [stage] = client_stages(folded)
+    assert stage.outputs == ()
+
+
+def test_a_select_that_is_handed_out_is_stacked():
+    table = fed.FederatedType((np.float32, (5, 2)), fed.SERVER)
+    row = fed.jax_computation(lambda table, key: {"row": table[key]}, (np.float32, (5, 2)), np.int32)
+    keys = fed.FederatedType((np.int32, (3,)), fed.CLIENTS)
+
+    @fed.federated_computation(keys, fed.FederatedType(np.int32, fed.SERVER), table)
+    def selected(keys, max_key, table):
+        return fed.federated_select(keys, max_key, table, row)
+
+    [stage] = client_stages(selected)
+    assert [step.operation for step in stage.body] == ["federated_select", "elements"]
+    assert [str(type_) for type_ in stage.output_types] == ["<row=float32[3,2]>"]
+
+
+def test_an_aggregate_ends_a_pass_and_its_zero_is_made_before():
+    start = fed.jax_computation(lambda: jnp.float32(0))
+
+    @fed.federated_computation(AT_CLIENTS)
+    def aggregated(values):
+        total = fed.federated_aggregate(values, start(), add, add, double)
+        return fed.federated_max(fed.federated_map(add, (values, fed.federated_broadcast(total))))
+
+    assert kinds(aggregated) == ["server", "clients", "server", "clients"]
+    first, second = client_stages(aggregated)
+    assert [step.operation for step in first.reductions] == ["federated_aggregate"]
+    assert [step.operation for step in second.reductions] == ["federated_max"]
+    assert len(first.shared) == 1
+
+
+def test_generic_operators_of_federated_values_become_maps():
+    type_ = fed.to_type([("a", AT_SERVER), ("b", AT_CLIENTS)])
+    plus = built(fed.StructType([type_, type_]), "generic_plus", type_)
+    assert kinds(plus) == ["server", "clients"]
+    operations = [step.operation for stage in plan(plus).stages for step in stage.body]
+    assert operations == ["federated_zip_at_server", "federated_apply", "federated_zip_at_clients", "federated_map"]
 
 
 def test_an_intrinsic_whose_result_is_unused_is_none():
@@ -174,11 +246,16 @@ def test_an_intrinsic_whose_result_is_unused_is_none():
     assert kinds(computation) == ["clients"]
 
 
-def test_strings_are_refused_with_their_place():
-    with pytest.raises(UnsupportedError, match=r"numbers, found strings in arg\[1\]"):
-        plan(fed.federated_computation(lambda x, y: (x, y), [AT_SERVER, fed.FederatedType(np.str_, fed.SERVER)]))
-    with pytest.raises(UnsupportedError, match="numbers, found strings in federated_value_at_server_0"):
-        plan(fed.federated_computation(lambda: fed.federated_value("text", fed.SERVER)))
+def test_strings_are_not_reduced():
+    take_one = fed.python_computation((np.str_, np.str_), np.str_)(lambda first, second: first)
+    same = fed.python_computation(np.str_, np.str_)(lambda text: text)
+    with pytest.raises(UnsupportedError, match=r"in federated_aggregate_0, found the Python computation"):
+        plan(
+            fed.federated_computation(
+                lambda texts: fed.federated_aggregate(texts, "", take_one, take_one, same),
+                fed.FederatedType(np.str_, fed.CLIENTS),
+            )
+        )
 
 
 def test_a_plan_of_a_proto_is_the_plan_of_the_computation():

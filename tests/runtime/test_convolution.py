@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.interpreters import mlir
 from jax.sharding import Mesh, PartitionSpec
 
-from fedlens.runtime import convolution, convolution_forms, lowering
+from fedlens.runtime import convolution, convolution_blocks, convolution_cost, convolution_forms, lowering
 from fedlens.runtime.convolution import install
+from fedlens.runtime.convolution_geometry import Geometry
 from fedlens.runtime.lowering import lowered_for_cpu
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -74,6 +76,9 @@ CASES = {
     "kernel as large as the image": Case((3, 5, 5, 4), (5, 5, 4, 6)),
     "kernel larger than the image": Case((3, 3, 2, 4), (5, 5, 4, 3), padding=((2, 2), (3, 4))),
     "one output position, far from most": Case((2, 3, 3, 2), (2, 2, 2, 3), (9, 9), ((8, 8), (8, 8))),
+    "image dilated, kernel larger than output": Case(
+        (2, 4, 3, 3), (6, 4, 3, 5), (2, 1), ((2, 1), (0, 1)), more={"lhs_dilation": (2, 3)}
+    ),
     "kernel dilated": Case((2, 12, 9, 3), (3, 2, 3, 4), more={"rhs_dilation": (3, 2)}),
     "image dilated": Case((2, 4, 5, 3), (3, 3, 3, 4), padding=((1, 2), (2, 2)), more={"lhs_dilation": (3, 2)}),
     "image dilated, few outputs": Case(
@@ -85,6 +90,7 @@ CASES = {
     "grouped": Case((2, 6, 7, 6), (3, 3, 2, 9), more={"feature_group_count": 3}),
     "depthwise": Case((2, 6, 7, 5), (3, 3, 1, 10), (2, 2), "SAME", more={"feature_group_count": 5}),
     "grouped, kernel larger than output": Case((2, 5, 5, 4), (4, 4, 2, 6), more={"feature_group_count": 2}),
+    "depthwise, three axes": Case((2, 4, 5, 3, 4), (2, 3, 2, 1, 4), more={"feature_group_count": 4}),
     "batch grouped": Case((6, 6, 7, 4), (3, 3, 4, 6), more={"batch_group_count": 3}),
     "batch grouped, kernel larger than output": Case((6, 5, 5, 4), (4, 4, 4, 3), more={"batch_group_count": 3}),
     "one axis": Case((3, 20, 4), (5, 4, 6), (2,), "SAME"),
@@ -132,12 +138,38 @@ def xla():
     return compute(CASES, as_products=False)
 
 
-@pytest.fixture(scope="module", params=["cached whole", "in blocks", "in bands of rows"])
-def products(request):
-    """All cases; with a cache so small that they are cut into blocks of images, and into bands of single rows."""
+def by(order):
+    """A choice among the possible forms other than the cheapest: the first of `order`, of few enough slices."""
+
+    def choose(geometry, *, library=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(convolution_cost, "MAX_SLICES", 32)
+            possible = [form for form in order if convolution_cost.is_possible(geometry, form)]
+        return next((form for form in possible if library or form != "library"), "scatter")
+
+    return choose
+
+
+CHOICES = {
+    "cheapest, in blocks": (convolution_cost.cheapest, 6000),
+    "products, in bands of rows": (by(["gather", "window"]), 64),
+    "others, cached whole": (by(["shift", "scatter", "library", "window", "gather"]), 1 << 20),
+}
+
+
+@contextlib.contextmanager
+def choosing(name):
+    choice, cache = CHOICES[name]
     with pytest.MonkeyPatch.context() as patch:
-        if request.param != "cached whole":
-            patch.setattr(convolution_forms, "CACHE_BYTES", 6000 if request.param == "in blocks" else 64)
+        patch.setattr(convolution, "cheapest", choice)
+        patch.setattr(convolution_blocks, "CACHE_BYTES", cache)
+        yield
+
+
+@pytest.fixture(scope="module", params=CHOICES)
+def products(request):
+    """All cases, in several forms; with a cache so small that they are cut into blocks of images, or bands of rows."""
+    with choosing(request.param):
         return compute(CASES, as_products=True)
 
 
@@ -164,9 +196,18 @@ def convolutions(draw):
         padding.append((low, draw(st.integers(least, least + 8))))
     inputs, outputs, images = draw(small), draw(small), draw(st.integers(1, 4))
     by_feature = kind == "feature_group_count"
+    letters = "DHW"[-axes:]
+    layout = tuple("".join(draw(st.permutations(ends + letters))) for ends in ("NC", "IO", "NC"))
+
+    def laid_out(ends, spatial, order):
+        sizes_by_letter = dict(zip("".join(ends) + letters, [*ends.values(), *spatial], strict=True))
+        return tuple(sizes_by_letter[letter] for letter in order)
+
+    images, channels = (images, inputs * groups) if by_feature else (images * groups, inputs)
     return Case(
-        lhs=(images if by_feature else images * groups, *image, inputs * groups if by_feature else inputs),
-        rhs=(*kernel, inputs, outputs * groups),
+        lhs=laid_out({"N": images, "C": channels}, image, layout[0]),
+        rhs=laid_out({"I": inputs, "O": outputs * groups}, kernel, layout[1]),
+        layout=layout,
         strides=sizes(small),
         padding=tuple(padding),
         more={kind: groups, "lhs_dilation": lhs_dilation, "rhs_dilation": rhs_dilation},
@@ -174,15 +215,167 @@ def convolutions(draw):
 
 
 @settings(max_examples=5, phases=[Phase.reuse, Phase.generate])  # compiling is slow, and shrinking compiles
-@given(cases=st.lists(convolutions(), min_size=6, max_size=6), cache=st.sampled_from([1 << 20, 400]))
-def test_any_convolution_equals_xlas(cases, cache):
+@given(cases=st.lists(convolutions(), min_size=6, max_size=6), choice=st.sampled_from(list(CHOICES)))
+def test_any_convolution_equals_xlas(cases, choice):
     named = {str(number): case for number, case in enumerate(cases)}
     expected = compute(named, as_products=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution_forms, "CACHE_BYTES", cache)
+    with choosing(choice):
         found = compute(named, as_products=True)
     for name, values in found.items():
         assert_equal(values, expected[name])
+
+
+LAYERS = {
+    "convolutions": nn.Conv(8, (3, 3)),
+    "stride": nn.Conv(8, (3, 3), strides=(2, 2), padding="SAME"),
+    "dilation": nn.Conv(8, (3, 3), kernel_dilation=(2, 2)),
+    "groups": nn.Conv(8, (3, 3), feature_group_count=2),
+    "depthwise, strided": nn.Conv(8, (5, 5), strides=(2, 2), feature_group_count=4),
+    "asymmetric padding": nn.Conv(8, (4, 2), padding=((0, 3), (1, 0))),
+    "transposed": nn.ConvTranspose(8, (4, 4), strides=(2, 2)),
+    "kernel of one": nn.Conv(8, (1, 1), strides=(2, 2)),
+    "bfloat16": nn.Conv(8, (3, 3), dtype=jnp.bfloat16),
+    "one axis": nn.Conv(8, (9,), strides=(2,)),
+    "three axes": nn.Conv(8, (3, 3, 3), strides=(1, 2, 1)),
+}
+
+
+def test_gradients_of_flax_networks_equal_xlas():
+    """Training steps are inside a loop, as in fedlens; of all networks in one program, which compiles faster."""
+
+    class Network(nn.Module):
+        middle: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            axes = x.ndim - 2
+            x = nn.relu(nn.Conv(4, (3,) * axes)(x))
+            x = nn.max_pool(nn.relu(self.middle(x)).astype(jnp.float32), (3,) * axes, (2,) * axes, "SAME")
+            return nn.Dense(3)(nn.avg_pool(x, (2,) * axes, (1,) * axes).reshape(x.shape[0], -1))
+
+    shapes = dict.fromkeys(LAYERS, (2, 9, 8, 2)) | {"one axis": (2, 30, 2), "three axes": (2, 5, 6, 5, 2)}
+    generator = np.random.default_rng(5)
+    images = {name: generator.normal(size=(2, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    networks = {name: Network(middle) for name, middle in LAYERS.items()}
+    start = jax.jit(
+        lambda x: {name: net.init(jax.random.key(1), x[name][0]) for name, net in networks.items()},
+        compiler_options=QUICK_TO_COMPILE,
+    )(images)
+
+    def gradients(weights, images):
+        def step(total, batch):
+            def loss(weights):
+                return sum((networks[name].apply(weights[name], batch[name]) ** 2).mean() for name in networks)
+
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(weights)), None
+
+        return lax.scan(step, jax.tree.map(jnp.zeros_like, weights), images)[0]
+
+    lowered = jax.jit(gradients).lower(start, images)
+    expected = lowered.compile(QUICK_TO_COMPILE)(start, images)
+    with lowered_for_cpu():
+        found = jax.jit(gradients).lower(start, images).compile(QUICK_TO_COMPILE)(start, images)
+    for (path, left), right in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        # bfloat16 rounds both at other places; its own step is 2 ** -8.
+        limit = 2.0**-8 if path[0].key == "bfloat16" else 1e-5
+        assert np.linalg.norm(left - right) <= limit * np.linalg.norm(right), jax.tree_util.keystr(path)
+
+
+def forms(case):
+    """The forms chosen for a convolution, for the gradient of its images, and for that of its kernel."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype)) for shape in (case.lhs, case.rhs)]
+    images, kernel = shapes
+    result = jax.eval_shape(case.convolve, *shapes)
+    programs = (
+        jax.make_jaxpr(case.convolve)(*shapes),
+        jax.make_jaxpr(lambda w, g: jax.linear_transpose(lambda x: case.convolve(x, w), images)(g))(kernel, result),
+        jax.make_jaxpr(lambda x, g: jax.linear_transpose(lambda w: case.convolve(x, w), kernel)(g))(images, result),
+    )
+    return tuple(
+        convolution.chosen_form([variable.aval for variable in (*equation.invars, *equation.outvars)], equation.params)
+        for program in programs
+        for equation in program.jaxpr.eqns
+        if equation.primitive is lax.conv_general_dilated_p
+    )
+
+
+# Forward, gradient of the images, of the kernel: the fastest, or close to it, by benchmarks/convolutions.py.
+FASTEST = {
+    "W1, second layer": (Case((20, 26, 26, 32), (3, 3, 32, 64)), ("library", "library", "window")),
+    "1x1": (Case((20, 32, 32, 64), (1, 1, 64, 128)), ("gather", "gather", "window")),
+    "5x5, strided": (Case((20, 32, 32, 32), (5, 5, 32, 64), (2, 2), "SAME"), ("library", "library", "window")),
+    "many channels of small images": (
+        Case((20, 4, 4, 512), (3, 3, 512, 512), padding="SAME"),
+        ("gather", "gather", "window"),
+    ),
+    "kernel larger than the output": (
+        Case((20, 4, 4, 512), (3, 3, 512, 512)),
+        ("gather", "scatter", "window"),
+    ),
+    "few channels of small images": (
+        Case((20, 8, 8, 1), (3, 3, 1, 16), padding="SAME"),
+        ("gather", "scatter", "window"),
+    ),
+    "depthwise": (
+        Case((20, 32, 32, 64), (3, 3, 1, 64), padding="SAME", more={"feature_group_count": 64}),
+        ("shift", "shift", "shift"),
+    ),
+    "groups": (
+        Case((20, 32, 32, 64), (3, 3, 16, 64), padding="SAME", more={"feature_group_count": 4}),
+        ("scatter", "scatter", "window"),
+    ),
+    "three axes": (Case((4, 16, 16, 16, 8), (3, 3, 3, 8, 16), padding="SAME"), ("gather", "scatter", "window")),
+    "transposed": (
+        Case((20, 16, 16, 64), (4, 4, 64, 32), padding=((2, 2), (2, 2)), more={"lhs_dilation": (2, 2)}),
+        ("library", "library", "window"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FASTEST)
+def test_the_chosen_form_is_one_of_the_fastest(name):
+    case, expected = FASTEST[name]
+    assert forms(case) == expected
+
+
+def test_types_and_sizes_without_a_form():
+    assert forms(replace(FASTEST["W1, second layer"][0], dtype="bfloat16")) == ("library", "library", "window")
+    with jax.enable_x64(True):  # the library has no float64
+        assert "library" not in forms(replace(FASTEST["W1, second layer"][0], dtype="float64"))
+    for dtype in ("int32", "complex64"):
+        assert forms(replace(CASES["same"], dtype=dtype))[0] is None
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_images_and_kernels_exchange_places_by_definition(data):
+    """Along one axis, with every product written out."""
+    size, width, stride, spread = (data.draw(st.integers(1, 5)) for _ in range(4))
+    low, high = data.draw(st.integers(-2, 4)), data.draw(st.integers(-2, 4))
+    span = (size - 1) * spread + 1 + low + high
+    if span < width:
+        return
+    geometry = Geometry(
+        1, 1, 1, 1, (size,), (width,), ((span - width) // stride + 1,), (stride,), ((low, high),), (spread,), (1,)
+    )
+    other = geometry.exchanged()
+
+    def terms(one):
+        """The pairs of image and kernel elements of every output."""
+        return [
+            {
+                (place // one.image_dilation[0], number)
+                for number in range(one.kernel[0])
+                for place in [output * one.strides[0] + number * one.kernel_dilation[0] - one.padding[0][0]]
+                if place % one.image_dilation[0] == 0 and 0 <= place // one.image_dilation[0] < one.image[0]
+            }
+            for output in range(one.output[0])
+        ]
+
+    expected = terms(geometry)
+    assert [{(image, kernel) for kernel, image in pairs} for pairs in reversed(terms(other))] == expected
+    reach = other.image[0] + sum(other.padding[0]) - ((other.kernel[0] - 1) * other.kernel_dilation[0] + 1)
+    assert reach // stride + 1 == geometry.output[0]
 
 
 def test_a_convolution_by_its_definition():
@@ -339,7 +532,7 @@ def test_symbolic_shapes_stay_with_xla():
 
 
 def test_long_kernels_of_long_outputs_stay_with_xla():
-    limit = convolution.MAX_SLICES
+    limit = convolution_cost.MAX_SLICES
     kernel, image = np.ones((limit + 1, 1, 1)), np.ones((1, 3 * limit, 1))
     convolve = jax.jit(lambda x, w: lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=LAYOUTS[1]))
     with lowered_for_cpu():
@@ -350,7 +543,7 @@ def test_long_kernels_of_long_outputs_stay_with_xla():
 @pytest.mark.parametrize("tracked", [False, True])
 def test_under_shard_map(tracked, monkeypatch):
     """As the local engine runs it, not tracked; and where shard_map tracks what varies, which our scan does not."""
-    monkeypatch.setattr(convolution_forms, "CACHE_BYTES", 400)
+    monkeypatch.setattr(convolution_blocks, "CACHE_BYTES", 400)
     mesh = Mesh(np.array(jax.devices()[:1]), ("clients",))
     specs = {"in_specs": (PartitionSpec(), PartitionSpec("clients")), "out_specs": PartitionSpec("clients")}
     gradient = jax.grad(lambda w, x: (plain(x, w) ** 2).sum())

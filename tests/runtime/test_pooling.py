@@ -53,27 +53,60 @@ def test_pooling_has_the_bits_of_xla(window, strides, padding, extent, dtype):
 @settings(max_examples=12)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    st.sampled_from(["VALID", "SAME", ((2, 0), (1, 1))]),
     st.tuples(st.integers(3, 8), st.integers(3, 8)),
-    st.booleans(),
+    st.sampled_from([np.nan, -np.inf, 1.0]),
 )
-def test_gradients_of_tiles_go_to_the_first_of_equal_cells(window, extent, with_nan):
+def test_gradients_go_to_the_first_of_equal_cells(window, strides, padding, extent, special):
     rng = np.random.default_rng(1)
     x = rng.integers(0, 3, (2, *extent, 3)).astype(np.float32)  # many ties
-    if with_nan:
-        x[0, 0, 0, 0] = np.nan
-    slope = rng.normal(size=(2, extent[0] // window[0], extent[1] // window[1], 3)).astype(np.float32)
+    x[0, 0, 0, 0] = special
+    if padding not in ("VALID", "SAME"):
+        padding = tuple(
+            (min(low, size - 1), min(high, size - 1)) for (low, high), size in zip(padding, window, strict=True)
+        )
+    pooling_of = pooled(window, strides, padding)
+    slope = rng.integers(-4, 5, jax.eval_shape(pooling_of, x).shape).astype(np.float32)  # whose sums are exact
 
     def gradient(x, slope):
-        return jax.vjp(pooled(window, window, "VALID"), x)[1](slope)[0]
+        return jax.vjp(pooling_of, x)[1](slope)[0]
 
     expected, found, text = both(gradient, x, slope)
     assert "select_and_scatter" not in text
     np.testing.assert_array_equal(found, expected)
 
 
-def test_overlapping_windows_keep_the_gradient_of_xla():
-    x = np.random.default_rng(2).normal(size=(1, 7, 7, 2)).astype(np.float32)
-    expected, found, text = both(jax.grad(lambda x: pooled((3, 3), (2, 2), "VALID")(x).sum()), x)
+def test_a_gradient_by_its_definition():
+    """Each window of three, two apart, gives its slope to its largest cell; the cell 4 is largest in two of them."""
+    x, slope = np.array([1, 0, 4, 3, 2, 9], np.float32), np.array([10, 20], np.float32)
+
+    def pool(x):
+        return nn.max_pool(x[None, :, None], (3,), (2,))[0, :, 0]
+
+    with lowered_for_cpu():
+        found = jax.jit(lambda x, slope: jax.vjp(pool, x)[1](slope)[0])(x, slope)
+    np.testing.assert_array_equal(found, [0, 0, 30, 0, 0, 0])
+
+
+def test_overlapping_gradients_in_16_bits_are_rounded_once():
+    """In bfloat16, 256 + 1 is 256, three times over; the sum 259 lies between 258 and 260."""
+    x = np.zeros((1, 7, 1), np.float32)
+    x[0, 3] = 1  # the largest of four windows
+    slope = np.array([256, 1, 1, 1], np.float32)[None, :, None]
+
+    def gradient(x, slope):
+        return jax.vjp(pooled((4,), (1,), "VALID"), x)[1](slope)[0]
+
+    with lowered_for_cpu():
+        found = jax.jit(gradient)(x.astype(jnp.bfloat16), slope.astype(jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+    assert float(found[0, 3, 0]) == 260
+
+
+def test_windows_far_apart_keep_the_gradient_of_xla():
+    x = np.random.default_rng(2).normal(size=(1, 20, 20, 2)).astype(np.float32)
+    expected, found, text = both(jax.grad(lambda x: pooled((1, 1), (9, 9), "VALID")(x).sum()), x)
     assert "select_and_scatter" in text
     np.testing.assert_array_equal(found, expected)
 

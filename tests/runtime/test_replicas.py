@@ -26,6 +26,7 @@ def test_a_result_is_on_one_device_and_comes_back_without_a_copy(everywhere):
 
 
 def test_replicas_are_forgotten_with_the_result(everywhere):
+    gc.collect()  # what other tests left must not go in between
     before = len(replicas._replicas)
     single = replicas.on_one_device(jax.device_put(jnp.arange(6.0), everywhere))
     assert len(replicas._replicas) == before + 1

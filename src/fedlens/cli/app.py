@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,8 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             what = " ".join(f"{type(error).__name__}: {error}".split())
             _fail(f"Unexpected error: {what}; run with --debug to see where.", FAILED)
 
-    return app.command()(reporting)
+    # Click keeps the lines after a backspace character as they are; a docstring spells it, as linters want it to.
+    return app.command(help=(inspect.getdoc(function) or "").replace("\\b", "\b"))(reporting)
 
 
 def _sentence(error: BaseException) -> str:
@@ -187,6 +189,25 @@ def export(
     from fedlens.cli import inspecting
 
     inspecting.export(ledger, round_, client, out)
+
+
+@_command
+def explain(
+    target: Annotated[
+        str, typer.Argument(metavar="MODULE:NAME", help="A computation or learning process; FILE.py:NAME works too.")
+    ],
+    json: JsonOption = False,
+) -> None:
+    r"""Say what a computation does, and what leaves a client.
+
+    The module is imported, which runs it.
+
+    \b
+    fedlens explain studies.rounds:average
+    """
+    from fedlens.cli import explaining
+
+    explaining.explain(target, as_json=json)
 
 
 @_command

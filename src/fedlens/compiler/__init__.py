@@ -1,5 +1,7 @@
 """From a computation of the language to a plan: normal form, then stages."""
 
+from fedlens.compiler.explain import explain as explain
+from fedlens.compiler.explanation import Explanation as Explanation
 from fedlens.compiler.normalize import normalize as normalize
 from fedlens.compiler.plan import ClientStage as ClientStage
 from fedlens.compiler.plan import Input as Input
@@ -7,3 +9,5 @@ from fedlens.compiler.plan import Plan as Plan
 from fedlens.compiler.plan import ServerStage as ServerStage
 from fedlens.compiler.plan import Step as Step
 from fedlens.compiler.plan import plan as plan
+from fedlens.compiler.segments import Segment as Segment
+from fedlens.compiler.segments import segments as segments

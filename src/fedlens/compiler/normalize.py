@@ -21,6 +21,8 @@ from typing import Any, TypeAlias
 import federated_language as fl
 from federated_language import framework
 
+from fedlens.compiler.generic import holds_federated, placed, placed_zero
+from fedlens.compiler.operations import GENERIC
 from fedlens.errors import UnsupportedError
 
 Block: TypeAlias = framework.ComputationBuildingBlock
@@ -116,6 +118,8 @@ def _evaluate(block: Block, environment: dict[str, _Value], emitter: _Emitter) -
             # A computation used inside another is held as a proto of any kind: open it, unless it is a local payload.
             opened = Block.from_proto(block.to_proto())
             return opened if isinstance(opened, framework.CompiledComputation) else _evaluate(opened, {}, emitter)
+        case framework.Intrinsic() if block.uri == "generic_zero" and holds_federated(block.type_signature):
+            return _evaluate(placed_zero(block.uri, block.type_signature), {}, emitter)
         case framework.Literal() | framework.Intrinsic() | framework.Placement():
             return block
     raise UnsupportedError(f"Expected a building block that fedlens executes, found {type(block).__name__}: {block}.")
@@ -134,6 +138,9 @@ def _apply(function: _Value, argument: _Value | None, emitter: _Emitter) -> _Val
             if function.function.parameter_name is not None and argument is not None:
                 environment[function.function.parameter_name] = argument
             return _evaluate(function.function.result, environment, emitter)
+        case framework.Intrinsic() if function.uri in GENERIC and holds_federated(function.type_signature.result):
+            operands = [_reify(_select(argument, index), emitter) for index in (0, 1)]
+            return _evaluate(placed(function.uri, function.type_signature.result, *operands), {}, emitter)
         case framework.Intrinsic():
             return emitter.emit(framework.Call(function, _reified(argument, emitter)), function.uri)
         case framework.CompiledComputation():

@@ -4,119 +4,39 @@ Calls are placed at the server or at the clients. A reduction (sum, mean) turns 
 value and so ends a pass over the cohort; a broadcast starts one. Every call is put into the earliest pass that its
 operands allow, which gives the fewest passes: server stage 0, client stage 0, server stage 1, client stage 1, ... A
 client stage maps, fused, and reduces in one pass; clients-placed values that a later stage or the result needs are its
-outputs, and become further columns of the cohort there.
+outputs, and become further columns of the cohort there. Sequences are lazy, and never leave a stage: what makes them is
+repeated in each stage that reads them, which costs nothing until somebody folds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import federated_language as fl
 from federated_language import framework
 
 from fedlens.compiler.normalize import PARAMETER, Block, normalize, referenced_names
+from fedlens.compiler.operations import (
+    AT_CLIENTS,
+    AT_SERVER,
+    ELEMENTS,
+    LOCAL_CALL,
+    REDUCTIONS,
+    SELECTS,
+    UNPLACED,
+    check_reducible,
+    unsupported,
+)
+from fedlens.compiler.operations import SHARED as SHARED
+from fedlens.compiler.segments import check_host_work
+from fedlens.compiler.stages import ClientStage as ClientStage
+from fedlens.compiler.stages import Input as Input
+from fedlens.compiler.stages import Plan as Plan
+from fedlens.compiler.stages import ServerStage as ServerStage
+from fedlens.compiler.stages import Step as Step
 from fedlens.errors import UnsupportedError
-from fedlens.language.types import tensor_types
-
-AT_CLIENTS = {"federated_map", "federated_map_all_equal", "federated_eval_at_clients", "federated_zip_at_clients"}
-SHARED = {
-    "federated_broadcast",
-    "federated_value_at_clients",
-}  # clients-placed, equal at all: the server's value serves
-AT_SERVER = {"federated_apply", "federated_eval_at_server", "federated_value_at_server", "federated_zip_at_server"}
-REDUCTIONS = {"federated_sum", "federated_mean", "federated_weighted_mean"}
-LOCAL_CALL = "local"
-
-
-@dataclass(frozen=True)
-class Input:
-    """A part of the argument: one federated value, or a value without placement.
-
-    Attributes:
-      name: how steps refer to it, such as `arg[0]`.
-      path: where it stands in the argument, position by position.
-      type: its type, with containers when the computation knows them.
-    """
-
-    name: str
-    path: tuple[int, ...]
-    type: fl.Type
-
-    @property
-    def at_clients(self) -> bool:
-        """Whether each client holds its own value, so that it is a column of the cohort."""
-        return isinstance(self.type, fl.FederatedType) and self.type.placement is fl.CLIENTS and not self.type.all_equal
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call: what it is named, what it applies, and to what.
-
-    Attributes:
-      name: under which later steps refer to the result.
-      operation: the URI of an intrinsic, or "local" for a local computation outside any placement.
-      operand: the argument of the call, over the names of inputs and earlier steps; None if it takes none.
-      function: the local computation of a "local" step.
-      type: the type of the result.
-    """
-
-    name: str
-    operation: str
-    operand: Block | None
-    type: fl.Type
-    function: Block | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class ServerStage:
-    """Steps at the server (or at no place), and those of their results that are needed elsewhere."""
-
-    body: tuple[Step, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class ClientStage:
-    """One pass over the cohort.
-
-    Attributes:
-      index: which pass it is, from 0.
-      columns: names of the clients-placed values it reads: inputs, or outputs of earlier stages.
-      column_types: the member types of `columns`.
-      shared: names of the values that are equal at all clients.
-      body: the steps that run at each client.
-      reductions: the steps that sum or average what `body` computed.
-      outputs: names of the values of `body` that leave the stage client by client.
-      output_types: the member types of `outputs`.
-    """
-
-    index: int
-    columns: tuple[str, ...]
-    column_types: tuple[fl.Type, ...]
-    shared: tuple[str, ...]
-    body: tuple[Step, ...]
-    reductions: tuple[Step, ...]
-    outputs: tuple[str, ...]
-    output_types: tuple[fl.Type, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What to run, in order, and how the result is put together.
-
-    Attributes:
-      inputs: the parts of the argument that are read, and all clients-placed ones, in the order of the argument.
-      stages: server and client stages in the order of execution.
-      result: a building block over the names of inputs and steps.
-      placements: for each name, whether a value of it is per client ("clients"), or one ("server").
-    """
-
-    inputs: tuple[Input, ...]
-    stages: tuple[ServerStage | ClientStage, ...]
-    result: Block
-    placements: dict[str, Literal["clients", "server"]]
 
 
 def plan(computation: fl.Computation) -> Plan:
@@ -130,6 +50,7 @@ def plan(computation: fl.Computation) -> Plan:
 
     Raises:
       UnsupportedError: an intrinsic that fedlens does not execute, named in the message.
+      LanguageError: a reduction of a dtype that the language refuses there.
     """
     return plan_normal_form(normalize(computation), computation.type_signature.parameter)
 
@@ -139,17 +60,14 @@ def plan_normal_form(normal_form: framework.Lambda, parameter_type: fl.Type | No
     body = normal_form.result
     calls, result = (body.locals, body.result) if isinstance(body, framework.Block) else ([], body)
     inputs = _Inputs(parameter_type if parameter_type is not None else normal_form.parameter_type)
-    steps = [_step(name, call, inputs) for name, call in calls]
-    result = inputs.rename(result)
+    steps = _without_captured_sequences([_step(name, call, inputs) for name, call in calls])
+    steps, result = _with_elements(steps, inputs.rename(result))
     inputs.take_cohorts()
     in_order = tuple(sorted(inputs.found.values(), key=lambda each: each.path))
-    named: tuple[Input | Step, ...] = (*in_order, *steps)
-    for each in named:
-        if any(tensor.dtype.kind in "US" for tensor in tensor_types(each.type)):
-            raise UnsupportedError(
-                f"Expected values made of numbers, found strings in {each.name}, of type {each.type}."
-            )
-    return _group(steps, result, in_order)
+    found = _group(steps, result, in_order)
+    for stage in found.stages:
+        check_host_work(stage)
+    return found
 
 
 class _Inputs:
@@ -188,21 +106,7 @@ class _Inputs:
                     for index, (name, _) in enumerate(type_.items())
                 ]
             )
-        match block:
-            case framework.Selection():
-                return framework.Selection(self.rename(block.source), index=block.as_index())
-            case framework.Struct():
-                return framework.Struct([(name, self.rename(value)) for name, value in block.items()])
-            case framework.Call():
-                argument = None if block.argument is None else self.rename(block.argument)
-                return framework.Call(self.rename(block.function), argument)
-            case framework.Lambda():
-                return framework.Lambda(block.parameter_name, block.parameter_type, self.rename(block.result))
-            case framework.Block():
-                return framework.Block(
-                    [(name, self.rename(value)) for name, value in block.locals], self.rename(block.result)
-                )
-        return block
+        return _rebuilt(block, self.rename)
 
 
 def _name_of(path: tuple[int, ...]) -> str:
@@ -227,26 +131,97 @@ def _holds_federated_fields(type_: fl.Type) -> bool:
 def _step(name: str, call: framework.Call, inputs: _Inputs) -> Step:
     operand = None if call.argument is None else inputs.rename(call.argument)
     if operand is not None:
-        _refuse_intrinsics_in(operand)
-    if isinstance(call.function, framework.Intrinsic):
-        operation = call.function.uri
-        if operation not in AT_CLIENTS | SHARED | AT_SERVER | REDUCTIONS:
-            raise _unsupported(operation)
-        return Step(name, operation, operand, call.type_signature)
-    return Step(name, LOCAL_CALL, operand, call.type_signature, call.function)
+        _check_functions_in(operand)
+    if not isinstance(call.function, framework.Intrinsic):
+        return Step(name, LOCAL_CALL, operand, call.type_signature, call.function)
+    operation = call.function.uri
+    if operation in UNPLACED:
+        return Step(name, operation, operand, call.type_signature, call.function)
+    if operation not in AT_CLIENTS | SHARED | AT_SERVER | REDUCTIONS:
+        raise unsupported(operation)
+    if operation in REDUCTIONS:
+        parameter = call.function.type_signature.parameter
+        reduced = parameter[1] if operation == "federated_aggregate" else call.type_signature.member
+        check_reducible(operation, name, reduced)
+        check_reducible("", name, call.type_signature.member)  # no sequences, even out of a report
+    return Step(name, operation, operand, call.type_signature)
 
 
-def _refuse_intrinsics_in(block: Block) -> None:
-    """Refuses intrinsics inside of the functions that intrinsics take: those run at one place."""
-    if isinstance(block, framework.Intrinsic):
-        raise _unsupported(block.uri)
+def _check_functions_in(block: Block) -> None:
+    """Refuses federated intrinsics inside of the functions that intrinsics take: those run at one place."""
+    if isinstance(block, framework.Intrinsic) and block.uri not in UNPLACED:
+        raise unsupported(block.uri)
     for child in block.children():
-        _refuse_intrinsics_in(child)
+        _check_functions_in(child)
 
 
-def _unsupported(uri: str) -> UnsupportedError:
-    hint = " Use a fed.jax_computation, which gets a fed.Sequence." if uri.startswith("sequence_") else ""
-    return UnsupportedError(f"Expected an intrinsic that fedlens executes, found {uri!r}.{hint}")
+def _with_elements(steps: list[Step], result: Block) -> tuple[list[Step], Block]:
+    """Adds a step for each select that the result hands out: its elements, stacked, leave the clients."""
+    named = {step.name: step for step in steps}
+    handed_out: dict[str, Block] = {}
+    for name in sorted(referenced_names(result) & named.keys()):
+        step = named[name]
+        if not step.is_lazy or step.operation not in AT_CLIENTS:
+            continue
+        if step.operation not in SELECTS:
+            raise UnsupportedError(
+                f"Expected a result made of tensors, found sequences at the clients in {name}, of type {step.type}. "
+                "Fold them at the clients (fed.sequence_reduce, or a fed.jax_computation that gets a fed.Sequence)."
+            )
+        elements = f"{name}_{ELEMENTS}"
+        handed_out[name] = framework.Reference(elements, step.type)
+        count = step.part(0).type_signature.member.shape[0]
+        type_ = fl.FederatedType(_stacked(step.type.member.element, count), fl.CLIENTS)
+        operand = framework.Reference(name, step.type)
+        steps = [*steps, Step(elements, ELEMENTS, operand, type_)]
+    return steps, _replaced(result, handed_out)
+
+
+def _stacked(type_: fl.Type, count: int) -> fl.Type:
+    if isinstance(type_, fl.StructType):
+        return fl.StructType([(name, _stacked(field, count)) for name, field in type_.items()])
+    return fl.TensorType(type_.dtype, (count, *type_.shape))
+
+
+def _without_captured_sequences(steps: list[Step]) -> list[Step]:
+    """Puts the sequences that functions of an aggregate capture into these functions.
+
+    They run beside the passes too, where results are merged and reported, and where no step makes a sequence.
+    """
+    made: dict[str, Block] = {}
+    result = []
+    for step in steps:
+        if step.operation == "sequence_map":
+            made[step.name] = framework.Call(step.function, _replaced(step.operand, made))
+        elif step.operation == "federated_aggregate":
+            step = replace(step, operand=_replaced(step.operand, made))
+        result.append(step)
+    return result
+
+
+def _replaced(block: Block, blocks: dict[str, Block]) -> Block:
+    """`block` with other blocks in place of references to some names."""
+    if isinstance(block, framework.Reference):
+        return blocks.get(block.name, block)
+    return _rebuilt(block, lambda child: _replaced(child, blocks))
+
+
+def _rebuilt(block: Block, of_child: Callable[[Block], Block]) -> Block:
+    """`block` with `of_child` applied to each of its children."""
+    match block:
+        case framework.Selection():
+            return framework.Selection(of_child(block.source), index=block.as_index())
+        case framework.Struct():
+            return framework.Struct([(name, of_child(value)) for name, value in block.items()])
+        case framework.Call():
+            return framework.Call(
+                of_child(block.function), None if block.argument is None else of_child(block.argument)
+            )
+        case framework.Lambda():
+            return framework.Lambda(block.parameter_name, block.parameter_type, of_child(block.result))
+        case framework.Block():
+            return framework.Block([(name, of_child(value)) for name, value in block.locals], of_child(block.result))
+    return block
 
 
 def _group(steps: list[Step], result: Block, inputs: tuple[Input, ...]) -> Plan:
@@ -259,45 +234,69 @@ def _group(steps: list[Step], result: Block, inputs: tuple[Input, ...]) -> Plan:
     for step in steps:
         needs[step.name] = _needs(step, depth)
         depth[step.name] = max((depth[name] for name in needs[step.name]), default=0) + (step.operation in REDUCTIONS)
-        placements[step.name] = "clients" if step.operation in AT_CLIENTS else "server"
+        placements[step.name] = "clients" if step.operation in {*AT_CLIENTS, ELEMENTS} else "server"
+
+    named = {step.name: step for step in steps}
+
+    def with_lazy(own: list[Step]) -> tuple[Step, ...]:
+        """`own` with the steps before them that make their sequences, in order."""
+        inside = {step.name for step in own}
+        waiting = list(inside)
+        while waiting:
+            for name in needs[waiting.pop()] - inside:
+                if name in named and named[name].is_lazy:
+                    inside.add(name)
+                    waiting.append(name)
+        return tuple(step for step in steps if step.name in inside)
+
+    def used_by(*body: Step) -> set[str]:
+        return set[str]().union(*(needs[step.name] for step in body)) - {step.name for step in body}
+
+    grouped: list[tuple[bool, tuple[Step, ...], tuple[Step, ...]]] = []  # (at clients, body, reductions)
+    for level in range(max(depth.values(), default=0) + 1):
+        for place in ("server", "clients"):
+            own = [
+                step
+                for step in steps
+                if depth[step.name] == level
+                and placements[step.name] == place
+                and step.operation not in REDUCTIONS
+                and not step.is_lazy
+            ]
+            ends = [step for step in steps if depth[step.name] == level + 1 and step.operation in REDUCTIONS]
+            ends = ends if place == "clients" else []
+            if own or ends:
+                body = tuple(step for step in with_lazy([*own, *ends]) if step.operation not in REDUCTIONS)
+                grouped.append((place == "clients", body, tuple(ends)))
 
     wanted_by_result = referenced_names(result) & depth.keys()
+    if lazy := [step for step in steps if step.name in wanted_by_result and step.is_lazy]:
+        grouped.append((False, with_lazy(lazy), ()))
+    used = [used_by(*body, *ends) for _, body, ends in grouped]
+    wanted = wanted_by_result.union(*used)
+
     stages: list[ServerStage | ClientStage] = []
-    for level in range(max(depth.values(), default=0) + 1):
-        at_server = [
-            step
-            for step in steps
-            if depth[step.name] == level and placements[step.name] == "server" and step.operation not in REDUCTIONS
-        ]
-        at_clients = [step for step in steps if depth[step.name] == level and placements[step.name] == "clients"]
-        reductions = [step for step in steps if depth[step.name] == level + 1 and step.operation in REDUCTIONS]
-        for kind, body, ends in ((ServerStage, at_server, []), (ClientStage, at_clients, reductions)):
-            inside = {step.name for step in (*body, *ends)}
-            if not inside:
-                continue
-            used = set().union(*(needs[name] for name in inside)) - inside
-            outside = [step for step in steps if step.name not in inside]
-            wanted = wanted_by_result.union(*(needs[step.name] for step in outside))
-            read = [
-                name for name in depth if name in used
-            ]  # in the order of inputs and steps: programs are cached by it
-            leaving = tuple(step.name for step in body if step.name in wanted)
-            if kind is ServerStage:
-                stages.append(ServerStage(tuple(body), tuple(read), leaving))
-                continue
-            columns = tuple(name for name in read if placements[name] == "clients")
-            stages.append(
-                ClientStage(
-                    index=sum(isinstance(stage, ClientStage) for stage in stages),
-                    columns=columns,
-                    column_types=tuple(_member(types[name]) for name in columns),
-                    shared=tuple(name for name in read if placements[name] == "server"),
-                    body=tuple(body),
-                    reductions=tuple(ends),
-                    outputs=leaving,
-                    output_types=tuple(_member(types[name]) for name in leaving),
-                )
+    for (at_clients, body, ends_here), outside in zip(grouped, used, strict=True):
+        # In the order of inputs and steps: programs are cached by it.
+        read = tuple(name for name in depth if name in outside)
+        is_last = len(stages) == len(grouped) - 1
+        leaving = tuple(step.name for step in body if step.name in wanted and (is_last or not step.is_lazy))
+        if not at_clients:
+            stages.append(ServerStage(body, read, leaving))
+            continue
+        columns = tuple(name for name in read if placements[name] == "clients")
+        stages.append(
+            ClientStage(
+                index=sum(isinstance(stage, ClientStage) for stage in stages),
+                columns=columns,
+                column_types=tuple(_member(types[name]) for name in columns),
+                shared=tuple(name for name in read if placements[name] == "server"),
+                body=body,
+                reductions=ends_here,
+                outputs=leaving,
+                output_types=tuple(_member(types[name]) for name in leaving),
             )
+        )
     return Plan(inputs, tuple(stages), result, placements)
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import federated_language as fl
 from federated_language import framework
 
-from fedlens import trees
-from fedlens.errors import LanguageError
-from fedlens.language.local_computation import make_local_computation, to_proto
+from fedlens.language.local_computation import make_local_computation, to_proto, with_one_argument
+from fedlens.language.tracebacks import noting
+from fedlens.language.type_summaries import summarize
 from fedlens.language.types import type_of
 
 
 def _wrap(
     function: Callable[..., Any], parameter_type: fl.Type | None, unpack: bool | None, name: str | None = None
 ) -> framework.ConcreteComputation:
-    local = make_local_computation(
-        name or "jax_computation", _with_one_argument(function, parameter_type, unpack), parameter_type
-    )
+    name = name_of(function, name)
+    argument = "without an argument" if parameter_type is None else f"with an argument {summarize(parameter_type)}"
+    with noting(f"in {name!r}, traced {argument} to find the type of its result; it is the same for all clients"):
+        local = make_local_computation(name, with_one_argument(function, parameter_type, unpack), parameter_type)
     return framework.ConcreteComputation(
         computation_proto=to_proto(local),
         context_stack=framework.get_context_stack(),
@@ -28,29 +30,16 @@ def _wrap(
     )
 
 
-def _with_one_argument(
-    function: Callable[..., Any], parameter_type: fl.Type | None, unpack: bool | None
-) -> Callable[..., Any]:
-    """`function` as the language types it, with one argument: a struct of several is unpacked by name or position."""
-    if parameter_type is None:
-        return function
-    expected = list(inspect.signature(function).parameters)
-    if not unpack and len(expected) == 1:
-        return function
-    if not isinstance(parameter_type, fl.StructType) or len(parameter_type) != len(expected):
-        raise LanguageError(
-            f"Expected a parameter type with a field for each of the arguments {', '.join(expected) or 'none'}, "
-            f"found {parameter_type}."
-        )
-
-    def with_one_argument(argument: Any) -> Any:
-        fields = trees.fields_of(argument) or []
-        names = [field_name for field_name, _ in parameter_type.items()]
-        positional = [value for name, (_, value) in zip(names, fields, strict=True) if name is None]
-        named = {name: value for name, (_, value) in zip(names, fields, strict=True) if name is not None}
-        return function(*positional, **named)
-
-    return with_one_argument
+def name_of(function: Callable[..., Any], name: str | None = None) -> str:
+    """What plans and errors call a function; one without a name of its own is found by its file and line."""
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    name = name or getattr(inner, "__name__", None) or type(inner).__name__
+    code = getattr(inner, "__code__", None)
+    if name != "<lambda>" or code is None:
+        return name
+    return f"lambda@{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
 
 
 jax_computation = framework.ComputationWrapper(_wrap, infer_type_fn=type_of)
@@ -69,7 +58,8 @@ Types may be given, or are inferred when the computation is called or mapped:
 
 The function is traced: it sees arrays without values, in the containers of its type, and a `fed.Sequence` for each
 sequence. Its result's shapes and dtypes come from `jax.eval_shape`. It is traced with 64-bit types when its parameter
-has 64-bit leaves, and without them otherwise.
+has 64-bit leaves, and without them otherwise. A dimension that the type leaves undefined (None) has its true size in
+every call, and a program is compiled for each size that comes; the shapes of the result must not depend on it.
 
 Args:
   *args: a function, or types, or a function followed by types, as for `fed.federated_computation`.
@@ -78,6 +68,6 @@ Returns:
   A computation, or without types and with arguments a polymorphic one; with types alone, a decorator.
 
 Raises:
-  UnsupportedError: a parameter with an unknown dimension, or of strings.
+  UnsupportedError: a parameter with an unknown number of dimensions, or of strings.
   LanguageError: the function returns None or no array, or its arguments do not fit the types.
 """

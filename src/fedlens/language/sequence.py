@@ -3,14 +3,15 @@
 A local computation whose argument has a `SequenceType` receives a `Sequence` and folds over it: `sequence.reduce(zero,
 step)`. Under the `local` engine that is one `while_loop` with the client's own number of batches, so a client with few
 examples costs what it holds; under `debug` it is a Python loop. Batches are never laid out in memory: a batch is
-gathered from the client's rows when the loop reaches it, in an order that `shuffle` draws from the client's key.
+gathered from the client's rows when the loop reaches it, in an order that `shuffle` draws from the client's key. A
+`python_computation` gets its batches in NumPy, and may iterate over them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import federated_language as fl
@@ -21,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from fedlens.errors import LanguageError
-from fedlens.language.types import from_positional
+from fedlens.language.types import from_positional, is_wide
 
 State = TypeVar("State")
 
@@ -45,7 +46,7 @@ class SequenceLayout:
     max_rows: int
 
 
-@partial(
+@functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["leaves", "start", "num_rows", "order"],
     meta_fields=["layout", "transforms"],
@@ -74,7 +75,7 @@ class Sequence:
     leaves: tuple[Any, ...]  # [rows, *leaf]; these and the numbers are traced, or concrete in the debug engine
     start: Any
     num_rows: Any
-    order: Int[Array, " max_rows"] | None
+    order: Int[Array | np.ndarray, " max_rows"] | None
     layout: SequenceLayout
     transforms: tuple[Callable[[Any], Any], ...] = field(default=())
 
@@ -83,6 +84,11 @@ class Sequence:
         """How many batches there are; the last one may be filled up, see `mask`."""
         size = self.layout.rows_per_batch or 1
         return (self.num_rows + size - 1) // size
+
+    @property
+    def _is_on_host(self) -> bool:
+        """Whether NumPy holds the batches, so that nothing is traced."""
+        return isinstance(self.num_rows, int) and all(isinstance(leaf, np.ndarray) for leaf in self.leaves)
 
     def reduce(self, zero: State, step: Callable[[State, Any], State]) -> State:
         """Folds `step` over the batches: `step(... step(step(zero, batch0), batch1) ..., batchN)`.
@@ -98,6 +104,8 @@ class Sequence:
         Raises:
           LanguageError: `step` returns a state of another structure, shape or dtype than it was given.
         """
+        if self._is_on_host:
+            return functools.reduce(step, self, zero)
         zero = jax.tree.map(jnp.asarray, zero)
         checked = _checked(step, zero)
         if isinstance(self.num_rows, int):  # eager: the debug engine, where a user's print and breakpoint must work
@@ -122,6 +130,9 @@ class Sequence:
 
         Rows that only fill up the last batch are summed too: where there is a `mask`, apply it with `map` first.
         """
+        if self._is_on_host:  # NumPy's sum, which keeps 64 bits without being told to
+            zero = jax.tree.map(np.zeros_like, self.batch(0))
+            return self.reduce(zero, lambda total, batch: jax.tree.map(np.add, total, batch))
         shape = jax.eval_shape(lambda: self.batch(jnp.int32(0)))
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
         return self.reduce(zero, lambda total, batch: jax.tree.map(jnp.add, total, batch))
@@ -136,16 +147,36 @@ class Sequence:
         rank = jnp.where(jnp.arange(self.layout.max_rows) < self.num_rows, bits, np.uint32(0xFFFFFFFF))
         return replace(self, order=jnp.argsort(rank, stable=True).astype(jnp.int32))
 
+    def __iter__(self) -> Iterator[Any]:
+        """The batches one after the other, where their number is known: in a `python_computation`, or under `debug`.
+
+        Raises:
+          LanguageError: inside of a traced function, which has no loop in Python over what it does not know yet.
+        """
+        if not isinstance(self.num_rows, int):
+            raise LanguageError(
+                "Expected to iterate over a sequence of known length, found one that is traced. "
+                "Use sequence.reduce, or fed.python_computation, which is not traced."
+            )
+        return (self.batch(position) for position in range(int(self.num_batches)))
+
     def batch(self, position: Int[Array, ""] | int) -> Any:
         """The batch at `position`, in the containers of its type."""
         size = self.layout.rows_per_batch
         first = position * (size or 1)
-        places = jnp.asarray(first if size is None else first + np.arange(size), jnp.int32)
+        on_host = self._is_on_host and isinstance(position, int)
+        numpy: Any = np if on_host else jnp
+        places = numpy.asarray(first if size is None else first + np.arange(size), np.int32)
         is_example = places < self.num_rows
         # Rows that fill up the last batch repeat a row of the same client: never another client's data.
-        places = jnp.where(is_example, places, first)
-        rows = self.start + (places if self.order is None else self.order[places])
-        leaves = [jnp.asarray(leaf).at[rows].get(mode="promise_in_bounds") for leaf in self.leaves]
+        places = numpy.where(is_example, places, first)
+        rows = self.start + (places if self.order is None else numpy.asarray(self.order)[places])
+        if on_host:
+            leaves = [np.take(leaf, rows, axis=0) for leaf in self.leaves]  # copies: users may write into them
+        else:
+            # Who folds may be traced without 64-bit types where a map makes narrow batches of wide rows.
+            with jax.enable_x64(jax.config.jax_enable_x64 or is_wide(self.layout.element_type)):
+                leaves = [jnp.asarray(leaf).at[rows].get(mode="promise_in_bounds") for leaf in self.leaves]
         if self.layout.masked:
             leaves.append(is_example)
         value = from_positional(_nest(self.layout.element_type, iter(leaves)), self.layout.element_type)

@@ -17,6 +17,7 @@ from federated_language.common_libs import structure
 
 from fedlens import trees
 from fedlens.errors import StructureError
+from fedlens.language.strings import is_string_array, without_numpy_dtype
 
 _WIDE = (np.dtype(np.int64), np.dtype(np.uint64), np.dtype(np.float64), np.dtype(np.complex128))
 
@@ -61,6 +62,8 @@ def _type_of(value: Any, path: str) -> fl.Type:
                 f"Expected field names that the federated language allows{_at(path)}, found a reserved one: {error}"
             ) from error
     if hasattr(value, "dtype") and hasattr(value, "shape"):
+        if is_string_array(value):
+            return fl.TensorType(np.str_, tuple(value.shape))
         try:
             return fl.TensorType(np.dtype(value.dtype), tuple(value.shape))
         except (TypeError, NotImplementedError) as error:
@@ -175,6 +178,23 @@ def is_wide(type_: fl.Type | None) -> bool:
     return type_ is not None and any(tensor.dtype in _WIDE for tensor in tensor_types(type_))
 
 
+def is_static(type_: fl.Type | None) -> bool:
+    """Whether every tensor of a type has a known shape."""
+    return type_ is None or all(tensor.shape is not None and None not in tensor.shape for tensor in tensor_types(type_))
+
+
+def holds_strings(type_: fl.Type | None) -> bool:
+    """Whether a tensor of a type is of strings, which the host alone computes with."""
+    return type_ is not None and any(tensor.dtype.kind in "US" for tensor in tensor_types(type_))
+
+
+def fits(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> bool:
+    """Whether an array of `shape` is of a type whose shape is `expected`, in which None is any size."""
+    if expected is None:
+        return True
+    return len(shape) == len(expected) and all(want in (None, dim) for dim, want in zip(shape, expected, strict=True))
+
+
 def contains_sequence(type_: fl.Type) -> bool:
     """Whether a sequence occurs in a type."""
     if isinstance(type_, fl.StructType):
@@ -210,7 +230,10 @@ def argument_fields(value: Any) -> list[tuple[str | None, Any]] | None:
 
 
 def _to_array(value: Any, type_: fl.TensorType, path: str) -> Any:
-    if isinstance(value, bool | int | float | complex):
+    if type_.dtype.kind in "US":
+        return _to_strings(value, type_, path)
+    # NumPy's scalars have a dtype of their own; np.float64, a float too, would be narrowed here.
+    if isinstance(value, bool | int | float | complex) and not isinstance(value, np.generic):
         if type_.shape != ():
             raise StructureError(f"Expected {type_}{_at(path)}, found the Python scalar {value!r}.")
         kind = type_.dtype.kind
@@ -223,21 +246,22 @@ def _to_array(value: Any, type_: fl.TensorType, path: str) -> Any:
         if not fl.can_cast_dtype(value, type_.dtype.type):
             raise StructureError(f"Expected a value that fits {type_}{_at(path)}, found {value!r}.")
         return np.asarray(value, type_.dtype)
-    if isinstance(value, str | bytes) and type_.dtype.kind in "US":
-        return value
     if not (hasattr(value, "dtype") and hasattr(value, "shape")):
         raise StructureError(f"Expected {type_}{_at(path)}, found {describe(value)}.")
-    if type_.dtype.kind in "US" and np.dtype(value.dtype).kind in "USO":
-        return value
-    if value.dtype != type_.dtype or not _fits(tuple(value.shape), type_.shape):
+    if value.dtype != type_.dtype or not fits(tuple(value.shape), type_.shape):
         raise StructureError(f"Expected {type_}{_at(path)}, found {describe(value)}.")
     return value
 
 
-def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> bool:
-    if expected is None:
-        return True
-    return len(shape) == len(expected) and all(want in (None, dim) for dim, want in zip(shape, expected, strict=True))
+def _to_strings(value: Any, type_: fl.TensorType, path: str) -> Any:
+    shape: tuple[int, ...] | None = None
+    if isinstance(value, str | bytes):
+        shape = ()
+    elif is_string_array(value):
+        shape = value.shape
+    if shape is None or not fits(shape, type_.shape):
+        raise StructureError(f"Expected {type_}{_at(path)}, found {describe(value)}.")
+    return without_numpy_dtype(value)
 
 
 def _field_names(fields: list[tuple[str | None, Any]]) -> str:

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fedlens.learning.recurrent import LSTM
+
 
 class DigitsCNN(nn.Module):
     """Two 3x3 convolutions, one 2x2 pooling, one hidden dense layer; 38,282 parameters for the 8 by 8 digits.
@@ -75,5 +77,5 @@ class CharacterLSTM(nn.Module):
         """The logits of the symbol that follows each step."""
         states = nn.Embed(self.vocabulary, self.embedding)(jnp.asarray(x))
         for _ in range(self.layers):
-            states = nn.RNN(nn.OptimizedLSTMCell(self.units))(states)
+            states = LSTM(self.units)(states)
         return nn.Dense(self.vocabulary)(states)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import federated_language as fl
 import jax
@@ -19,7 +19,18 @@ from fedlens.learning import metrics as metrics_
 from fedlens.learning.losses import Loss
 from fedlens.learning.metrics import Metric
 
+if TYPE_CHECKING:
+    from fedlens.learning.recurrent import LSTM as LSTM
+
 INPUT, TARGET = "x", "y"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LSTM":  # a Flax module; models that are no such modules do without Flax
+        from fedlens.learning.recurrent import LSTM
+
+        return LSTM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, eq=False)

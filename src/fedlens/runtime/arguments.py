@@ -10,10 +10,21 @@ import numpy as np
 
 from fedlens.errors import CohortError, StructureError
 from fedlens.language.sequence import MASK
-from fedlens.language.types import contains_sequence, describe, matched_fields, tensor_types, to_positional
+from fedlens.language.strings import is_string_array
+from fedlens.language.types import (
+    contains_sequence,
+    describe,
+    is_static,
+    leaf_paths,
+    matched_fields,
+    tensor_types,
+    to_positional,
+)
+from fedlens.language.unequal_batches import of_batches
 from fedlens.runtime.cohort import Cohort
-from fedlens.runtime.columns import Column, SequenceColumn, StructColumn, TensorColumn
+from fedlens.runtime.columns import Column, SequenceColumn, StructColumn, TensorColumn, bucket
 from fedlens.runtime.examples import Examples
+from fedlens.runtime.value_columns import ValuesColumn, column_of_positional, leaves_of, storage_dtype
 from fedlens.runtime.values import ClientValues
 
 
@@ -115,10 +126,7 @@ def server_value(value: Any, type_: fl.Type, name: str) -> Any:
 def _column_of_list(owners: Sequence[str], values: Sequence[Any], type_: fl.Type, path: str) -> Column:
     if not contains_sequence(type_):
         rows = [_checked(owner, value, type_, path) for owner, value in zip(owners, values, strict=True)]
-        leaves = zip(*(_leaves(row) for row in rows), strict=True)
-        return TensorColumn(
-            type_, tuple(np.stack([np.asarray(leaf) for leaf in leaf_rows]) for leaf_rows in leaves), len(owners)
-        )
+        return column_of_positional(rows, type_)
     if isinstance(type_, fl.SequenceType):
         return _column_of_batches(owners, values, type_, path)
     matched = [_matched(owner, value, type_, path) for owner, value in zip(owners, values, strict=True)]
@@ -129,9 +137,7 @@ def _column_of_list(owners: Sequence[str], values: Sequence[Any], type_: fl.Type
     return StructColumn(tuple(fields))
 
 
-def _column_of_batches(
-    owners: Sequence[str], values: Sequence[Any], type_: fl.SequenceType, path: str
-) -> SequenceColumn:
+def _column_of_batches(owners: Sequence[str], values: Sequence[Any], type_: fl.SequenceType, path: str) -> Column:
     rows: list[list[Any]] = []
     lengths = []
     for owner, batches in zip(owners, values, strict=True):
@@ -141,15 +147,22 @@ def _column_of_batches(
             )
         before = len(rows)
         for number, batch in enumerate(batches):
-            rows.append(_leaves(_checked(owner, batch, type_.element, f"{path}/batch {number}".lstrip("/"))))
+            rows.append(leaves_of(_checked(owner, batch, type_.element, f"{path}/batch {number}".lstrip("/"))))
         lengths.append(len(rows) - before)
     tensors = tensor_types(type_.element)
-    leaves = (
-        tuple(np.stack([np.asarray(leaf) for leaf in leaf_rows]) for leaf_rows in zip(*rows, strict=True))
-        if rows
-        else tuple(np.zeros((0, *tensor.shape), tensor.dtype) for tensor in tensors)
-    )
     sizes = np.array(lengths, np.int64)
+    if not is_static(type_):
+        ends = np.cumsum(sizes)
+        of_clients = [rows[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        return ValuesColumn(type_, tuple(of_batches(type_.element, batches, bucket) for batches in of_clients))
+    leaves = (
+        tuple(
+            np.stack([np.asarray(leaf, storage_dtype(tensor)) for leaf in leaf_rows])
+            for tensor, leaf_rows in zip(tensors, zip(*rows, strict=True), strict=True)
+        )
+        if rows
+        else tuple(np.zeros((0, *tensor.shape), storage_dtype(tensor)) for tensor in tensors)
+    )
     return SequenceColumn(type_.element, leaves, np.cumsum(sizes) - sizes, sizes, rows_per_batch=None, masked=False)
 
 
@@ -172,7 +185,10 @@ def _column_of_examples(
     }
     size = sizes.pop() if len(sizes) == 1 else None
     if size is None:
-        raise CohortError(f"Expected batches whose fields all have one known leading dimension, found {type_.element}.")
+        raise CohortError(
+            f"Expected batches whose fields all have one known leading dimension, found {type_.element}: examples of a "
+            "data set say nothing of a batch size. Use fed.batch_type, or give each client a list of batches."
+        )
     leaves = []
     for name, tensor in fields:
         column = examples.columns.get(name) if name is not None else None
@@ -181,7 +197,7 @@ def _column_of_examples(
                 f"Expected a data set with the fields {', '.join(map(str, names))}, "
                 f"found {', '.join(examples.columns)}."
             )
-        if column.dtype != tensor.dtype or column.shape[1:] != tuple(tensor.shape[1:]):
+        if not _is_of_dtype(column, tensor) or column.shape[1:] != tuple(tensor.shape[1:]):
             expected, found = (
                 fl.TensorType(dtype, shape[1:])
                 for dtype, shape in ((tensor.dtype, tensor.shape), (column.dtype, column.shape))
@@ -204,9 +220,21 @@ def _column_of_examples(
 
 def _column_of_values(values: ClientValues, type_: fl.Type, order: np.ndarray | None) -> TensorColumn:
     if not type_.is_assignable_from(values.type):
-        raise CohortError(f"Expected client values of type {type_}, found {values.type}.")
+        raise CohortError(
+            f"Expected client values of type {type_}, found {values.type}{_difference(type_, values.type)}."
+        )
     leaves = tuple(leaf if order is None else leaf[order] for leaf in values.stacked_leaves())
     return TensorColumn(type_, leaves, len(values))
+
+
+def _difference(expected: fl.Type, found: fl.Type) -> str:
+    """The first leaf in which two types of the same leaves differ, in words; the types themselves may be long."""
+    paths = leaf_paths(expected)
+    if paths != leaf_paths(found):
+        return ""
+    pairs = zip(paths, tensor_types(expected), tensor_types(found), strict=True)
+    differing = [(path, one, other) for path, one, other in pairs if path and not one.is_assignable_from(other)]
+    return "".join(f": {one} against {other} at {path!r}, in all clients" for path, one, other in differing[:1])
 
 
 def _checked(owner: str, value: Any, type_: fl.Type, path: str) -> Any:
@@ -223,10 +251,8 @@ def _matched(owner: str, value: Any, type_: fl.StructType, path: str) -> list[An
         raise CohortError(f"{str(error).rstrip('.')}, in {owner}.") from error
 
 
-def _leaves(positional: Any) -> list[Any]:
-    if isinstance(positional, tuple):
-        return [leaf for field in positional for leaf in _leaves(field)]
-    return [positional]
+def _is_of_dtype(column: np.ndarray, tensor: fl.TensorType) -> bool:
+    return is_string_array(column) if tensor.dtype.kind in "US" else column.dtype == tensor.dtype
 
 
 def _where(owner: str, path: str) -> str:

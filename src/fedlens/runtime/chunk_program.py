@@ -21,18 +21,24 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from fedlens.compiler import ClientStage
+from fedlens.compiler.functions import describe_tracing
+from fedlens.language.tracebacks import noting
 from fedlens.language.types import tensor_types
-from fedlens.runtime import reductions
+from fedlens.runtime import checks, reductions
 from fedlens.runtime.columns import Layout
-from fedlens.runtime.interpreter import evaluate, inline, run_step
+from fedlens.runtime.interpreter import inline, run_step
 
 AXIS = "clients"
 
 # What a program looks for infinities in: nothing; the sums of all clients, where they show if a client had one; each
-# client's operands, so that it can be named; those, and leaves out the clients that have them.
+# client's operands, so that it can be named; those, and leaves out the clients that have them. Numbers beyond a bound
+# are looked for always, and found, client by client, with "clients".
 Watch = Literal["nothing", "sums", "clients", "drop"]
 
-_Carry = tuple[dict[str, Any], dict[str, list[jax.Array]], jax.Array]  # accumulators, rows of outputs, flags
+# What was seen, by name: "finite" and "within", [clients, leaves], and "found", [clients, leaves, 2], are of each
+# client, see `checks`; "passed" is whether all clients passed, to be asked again with "clients" if not.
+_Seen = dict[str, jax.Array]
+_Carry = tuple[dict[str, Any], dict[str, list[jax.Array]], _Seen]  # accumulators, rows of outputs
 
 
 def run_chunk(
@@ -45,7 +51,7 @@ def run_chunk(
     packed: list[list[jax.Array]],
     counts: Int[Array, " devices"],
     watch: Watch,
-) -> tuple[Any, dict[str, list[jax.Array]], jax.Array]:
+) -> tuple[Any, dict[str, list[jax.Array]], _Seen]:
     """The program of a client stage over one chunk.
 
     Args:
@@ -60,30 +66,33 @@ def run_chunk(
       watch: what to look for infinities in.
 
     Returns:
-      The accumulators; the outputs, [devices * capacity, *leaf]; what was finite: each client's leaves, [devices *
-      capacity, leaves], or the accumulators, [devices].
+      The accumulators; the outputs, [devices * capacity, *leaf]; what was seen: of each client, [devices * capacity,
+      ...], and whether all passed, [devices].
     """
-    checked = len(reductions.checked_leaves(stage.reductions)) if watch in ("clients", "drop") else 0
 
     def share(shared: dict[str, Any], packed: list[list[jax.Array]], counts: jax.Array) -> Any:
         start = (
-            {step.name: reductions.zeros(step) for step in stage.reductions},
+            {step.name: reductions.zeros(step, shared, inline) for step in stage.reductions},
             {
                 name: [jnp.zeros((capacity, *tensor.shape), tensor.dtype) for tensor in tensor_types(type_)]
                 for name, type_ in zip(stage.outputs, stage.output_types, strict=True)
             },
-            jnp.ones((capacity, checked), jnp.bool_),
+            _nothing_seen(stage, watch, capacity),
         )
         of_client = partial(_client, stage, layouts, shared, packed)
         if group == 1:
-            body, steps = partial(_one_client, stage, watch, of_client), counts[0]
+            body, steps = partial(_one_client, stage, watch, of_client, shared), counts[0]
         else:
-            body, steps = partial(_one_group, stage, watch, of_client, group, counts[0]), -(-counts[0] // group)
-        sums, rows, finite = lax.fori_loop(jnp.int32(0), steps, body, start)
-        total = _merge_devices(sums, mesh.size)
-        return total, rows, reductions.all_finite(total)[None] if watch == "sums" else finite
+            body = partial(_one_group, stage, watch, of_client, shared, group, counts[0])
+            steps = -(-counts[0] // group)
+        sums, rows, seen = lax.fori_loop(jnp.int32(0), steps, body, start)
+        total = _merge_devices(stage, shared, sums, mesh.size)
+        if watch == "sums":
+            seen["passed"] = checks.all_finite(stage.reductions, total) & seen.get("passed", True)
+        return total, rows, seen | {name: seen[name][None] for name in ("passed",) if name in seen}
 
     spread, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    share = noting(describe_tracing(f"client stage {stage.index}", *stage.reductions), unless_noted=True)(share)
     return jax.shard_map(
         share, mesh=mesh, in_specs=(everywhere, spread, spread), out_specs=(everywhere, spread, spread), check_vma=False
     )(shared, packed, counts)
@@ -95,69 +104,127 @@ def _client(
     shared: dict[str, Any],
     packed: list[list[jax.Array]],
     position: jax.Array,
-) -> tuple[list[Any], dict[str, list[jax.Array]]]:
-    """What one client gives: the operand of each reduction, and the leaves of each output."""
+) -> tuple[list[Any], dict[str, list[jax.Array]], tuple[jax.Array, jax.Array]]:
+    """What one client gives: the operand of each reduction, the leaves of each output, and `checks.within` of it."""
     values = dict(shared)
     for name, layout, arrays in zip(stage.columns, layouts, packed, strict=True):
         values[name] = layout.client(arrays, position)
     for step in stage.body:
-        values[step.name] = run_step(step, values, inline)
-    operands = [evaluate(step.operand, values, inline) for step in stage.reductions]
-    return operands, {name: reductions.leaves(values[name]) for name in stage.outputs}
+        with noting(describe_tracing(f"client stage {stage.index}", step)):
+            values[step.name] = run_step(step, values, inline)
+    operands = [reductions.sent(step, values, inline) for step in stage.reductions]
+    outputs = {name: reductions.leaves(values[name]) for name in stage.outputs}
+    return operands, outputs, checks.within(stage, values, inline)
 
 
 def _one_client(
-    stage: ClientStage, watch: Watch, of_client: Callable[..., Any], position: jax.Array, carry: _Carry
+    stage: ClientStage,
+    watch: Watch,
+    of_client: Callable[..., Any],
+    shared: dict[str, Any],
+    position: jax.Array,
+    carry: _Carry,
 ) -> _Carry:
-    sums, rows, finite = carry
-    operands, outputs = of_client(position)
+    sums, rows, seen = carry
+    operands, outputs, bounded = of_client(position)
     added = {
-        step.name: reductions.accumulate(step, sums[step.name], operand)
+        step.name: reductions.accumulate(step, sums[step.name], operand, shared, inline)
         for step, operand in zip(stage.reductions, operands, strict=True)
     }
-    if watch in ("clients", "drop"):
-        flags = reductions.finite(stage.reductions, operands)
-        finite = lax.dynamic_update_index_in_dim(finite, flags, position, 0)
-        if watch == "drop":
-            added = jax.tree.map(lambda new, old: jnp.where(flags.all(), new, old), added, sums)
-    rows = jax.tree.map(lambda buffer, leaf: lax.dynamic_update_index_in_dim(buffer, leaf, position, 0), rows, outputs)
-    return added, rows, finite
+    look = _look(stage, watch, operands, bounded)
+    if watch == "drop":
+        added = jax.tree.map(lambda new, old: jnp.where(look["finite"].all(), new, old), added, sums)
+    if "passed" in look:
+        seen = {**seen, "passed": seen["passed"] & look.pop("passed")}
+    rows, of_each = jax.tree.map(
+        lambda buffer, leaf: lax.dynamic_update_index_in_dim(buffer, leaf, position, 0),
+        (rows, {name: seen[name] for name in look}),
+        (outputs, look),
+    )
+    return added, rows, seen | of_each
 
 
 def _one_group(
     stage: ClientStage,
     watch: Watch,
     of_client: Callable[..., Any],
+    shared: dict[str, Any],
     group: int,
     count: jax.Array,
     number: jax.Array,
     carry: _Carry,
 ) -> _Carry:
-    sums, rows, finite = carry
+    sums, rows, seen = carry
     first = number * group
     positions = first + jnp.arange(group, dtype=jnp.int32)
     counted = positions < count
     # The last group is filled up with its last client, who is not counted again.
-    operands, outputs = jax.vmap(of_client)(jnp.minimum(positions, count - 1))
-    if watch in ("clients", "drop"):
-        flags = jax.vmap(partial(reductions.finite, stage.reductions))(operands)
-        finite = lax.dynamic_update_slice_in_dim(finite, flags, first, 0)
-        if watch == "drop":
-            counted &= flags.all(axis=1)
+    operands, outputs, bounded = jax.vmap(of_client)(jnp.minimum(positions, count - 1))
+    look = jax.vmap(partial(_look, stage, watch))(operands, bounded) if _nothing_seen(stage, watch, 0) else {}
+    if "passed" in look:  # the last client, who fills up the group, says nothing new
+        seen = {**seen, "passed": seen["passed"] & look.pop("passed").all()}
+    if watch == "drop":
+        counted &= look["finite"].all(axis=1)
     added = {
-        step.name: reductions.accumulate_group(step, sums[step.name], operand, counted)
+        step.name: reductions.accumulate_group(step, sums[step.name], operand, counted, shared, inline)
         for step, operand in zip(stage.reductions, operands, strict=True)
     }
-    rows = jax.tree.map(lambda buffer, leaves: lax.dynamic_update_slice_in_dim(buffer, leaves, first, 0), rows, outputs)
-    return added, rows, finite
+    rows, of_each = jax.tree.map(
+        lambda buffer, leaves: lax.dynamic_update_slice_in_dim(buffer, leaves, first, 0),
+        (rows, {name: seen[name] for name in look}),
+        (outputs, look),
+    )
+    return added, rows, seen | of_each
 
 
-def _merge_devices(sums: Any, devices: int) -> Any:
+def _look(stage: ClientStage, watch: Watch, operands: list[Any], bounded: tuple[jax.Array, jax.Array]) -> _Seen:
+    """What a program with this watch sees of one client."""
+    within, found = bounded
+    if watch == "clients":
+        return {"finite": checks.finite(operands), "within": within, "found": found}
+    look: _Seen = {"finite": checks.finite(operands)} if watch == "drop" else {}
+    passed = [within.all()] if checks.bounded_leaves(stage) else []
+    if watch == "drop" and passed:  # who is left out sends nothing that could be beyond a bound
+        passed = [passed[0] | ~look["finite"].all()]
+    if watch == "sums" and _sent_beside_sums(stage):
+        beside = zip(stage.reductions, operands, strict=True)
+        passed.append(checks.finite([operand for step, operand in beside if not reductions.is_sum(step)]).all())
+    return look | ({"passed": jnp.stack(passed).all()} if passed else {})
+
+
+def _nothing_seen(stage: ClientStage, watch: Watch, capacity: int) -> _Seen:
+    """What `_look` fills in, before any client."""
+    bounded = len(checks.bounded_leaves(stage))
+    seen: _Seen = {}
+    if watch in ("clients", "drop"):
+        seen["finite"] = jnp.ones((capacity, len(checks.checked_leaves(stage.reductions))), jnp.bool_)
+    if watch == "clients":
+        seen["within"] = jnp.ones((capacity, bounded), jnp.bool_)
+        seen["found"] = jnp.zeros((capacity, bounded, 2), jnp.int64)
+    elif bounded or (watch == "sums" and _sent_beside_sums(stage)):
+        seen["passed"] = jnp.bool_(True)
+    return seen
+
+
+def _sent_beside_sums(stage: ClientStage) -> list[str]:
+    """The leaves whose infinities no sum shows: those of minima, maxima and aggregates."""
+    return checks.checked_leaves([step for step in stage.reductions if not reductions.is_sum(step)])
+
+
+def merge_all(stage: ClientStage, first: Any, second: Any, shared: dict[str, Any]) -> Any:
+    """Merges the accumulators of all reductions of a stage; `first` is of earlier clients."""
+    return {
+        step.name: reductions.merge(step, first[step.name], second[step.name], shared, inline)
+        for step in stage.reductions
+    }
+
+
+def _merge_devices(stage: ClientStage, shared: dict[str, Any], sums: Any, devices: int) -> Any:
     """The accumulators of all devices, merged in their order: an all-reduce need not give the same bits every time."""
     if devices == 1:
         return sums
     of_each = lax.all_gather(sums, AXIS)
     total = jax.tree.map(lambda leaf: leaf[0], of_each)
     for device in range(1, devices):
-        total = reductions.merge(total, jax.tree.map(lambda leaf, device=device: leaf[device], of_each))
+        total = merge_all(stage, total, jax.tree.map(lambda leaf, device=device: leaf[device], of_each), shared)
     return total

@@ -255,6 +255,8 @@ def _row_numbers(
 
 def _rows(leaf: np.ndarray, rows: Int[np.ndarray, " rows"] | slice, capacity: int) -> np.ndarray:
     """Some rows of an array, filled up with zeros to `capacity`, in memory that a CPU device takes without a copy."""
+    if leaf.dtype.hasobject:  # strings: no device takes them, and Python's objects may not lie in memory used again
+        return np.concatenate([leaf[rows], np.zeros((capacity, *leaf.shape[1:]), leaf.dtype)])[:capacity]
     chosen = reused((capacity, *leaf.shape[1:]), leaf.dtype)
     if isinstance(rows, slice):
         count = rows.stop - rows.start

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,8 +23,9 @@ from federated_language import framework
 from fedlens import trees
 from fedlens.compiler import ClientStage, Input, Plan, ServerStage, plan
 from fedlens.compiler.normalize import PARAMETER
-from fedlens.errors import CohortError, ConfigError, UnsupportedError
-from fedlens.language.types import from_positional, matched_fields
+from fedlens.errors import CohortError, ConfigError, StructureError, UnsupportedError
+from fedlens.language.types import argument_fields, matched_fields
+from fedlens.runtime import stage_log
 from fedlens.runtime.arguments import as_cohort, column_of, join, server_value
 from fedlens.runtime.columns import Column, TensorColumn
 from fedlens.runtime.debug import Debug
@@ -31,12 +33,19 @@ from fedlens.runtime.engine import Engine, OnNonFinite, StageCohort
 from fedlens.runtime.interpreter import eager, evaluate
 from fedlens.runtime.local import Local
 from fedlens.runtime.replicas import on_one_device
+from fedlens.runtime.sequences import client_values, elements
 from fedlens.runtime.values import ClientValues, Part
 
 ENGINES: dict[str, Callable[[], Engine]] = {"debug": Debug, "local": Local}
 
 # Takes the clients-placed parts of a result chunk by chunk: path in the result -> the values of the chunk's clients.
 ResultSink = Callable[[Mapping[str, ClientValues]], None]
+
+# One stage computes at a time, whichever thread or context asks for it, and is over before the next begins. A program
+# on several devices meets itself in an all_gather; with two under way, XLA:CPU's threads may take up one for device 0
+# and the other for device 1, and each waits for the other for ever (JAX 0.10.2 did; JAX 0.12 did not). All engines
+# share the devices, and this lock. Reentrant: a user's function may call a computation while its stage is traced.
+_computing = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,16 @@ class Context(framework.SyncContext):
 
     def invoke(self, comp: framework.ConcreteComputation, arg: Any) -> Any:
         """Runs `comp` on `arg`; called by the language when a computation is called."""
-        return self.run(comp, arg).value
+        try:
+            return self.run(comp, arg).value
+        except (StructureError, CohortError) as error:
+            if is_asynchronous(arg):
+                raise UnsupportedError(
+                    "Expected values as arguments, found a coroutine or a program's reference, in a context that waits "
+                    "for its results. Await the argument first, or run the caller in fed.use(fed.async_context()) or "
+                    "fed.use(fed.program_context())."
+                ) from error
+            raise
 
     def run(
         self,
@@ -70,6 +88,7 @@ class Context(framework.SyncContext):
         *,
         on_nonfinite: OnNonFinite = "ignore",
         sink: ResultSink | None = None,
+        cancelled: threading.Event | None = None,
     ) -> Outcome:
         """Runs a computation.
 
@@ -78,6 +97,7 @@ class Context(framework.SyncContext):
           argument: its argument, as the language hands it over: raw if there is one, a struct of several, or None.
           on_nonfinite: what to do with a client that sends infinities or NaNs into a reduction.
           sink: takes the clients-placed parts of the result, chunk by chunk, instead of holding them in memory.
+          cancelled: set by another thread to end the run before its next stage.
 
         Raises:
           CohortError: the cohorts of the call do not fit together, or a client's value is not of its type.
@@ -85,12 +105,23 @@ class Context(framework.SyncContext):
           NonFiniteError: see `on_nonfinite`.
           ConfigError: `on_nonfinite` is none of its values.
           UnsupportedError: the computation needs something that fedlens does not execute.
+          CancelledError: `cancelled` was set.
         """
-        if on_nonfinite not in get_args(OnNonFinite):
-            raise ConfigError(
-                f"Expected one of {', '.join(get_args(OnNonFinite))} for on_nonfinite, found {on_nonfinite!r}."
-            )
-        return _Run(self.engine, _plan_of(computation), computation.type_signature, on_nonfinite, sink)(argument)
+        check_on_nonfinite(on_nonfinite)
+        run = _Run(self.engine, _plan_of(computation), computation.type_signature, on_nonfinite, sink)
+        return run(argument, cancelled)
+
+
+def check_on_nonfinite(on_nonfinite: str) -> None:
+    """Checks that `on_nonfinite` is one of its values.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if on_nonfinite not in get_args(OnNonFinite):
+        raise ConfigError(
+            f"Expected one of {', '.join(get_args(OnNonFinite))} for on_nonfinite, found {on_nonfinite!r}."
+        )
 
 
 class _Run:
@@ -112,13 +143,20 @@ class _Run:
         self._outputs: dict[str, ClientValues] = {}
         self._dropped: set[int] = set()
 
-    def __call__(self, argument: Any) -> Outcome:
-        self._bind(argument)
+    def __call__(self, argument: Any, cancelled: threading.Event | None) -> Outcome:
+        with stage_log.timed("arguments", lambda: {"clients": len(self._ids)}), stage_log.phase("packing"):
+            self._bind(argument)
         for number, stage in enumerate(self._plan.stages):
-            if isinstance(stage, ServerStage):
-                self._server |= self._engine.run_server(stage, self._server)
-            else:
-                self._run_clients(stage, self._plan.stages[number + 1 :])
+            with _computing:
+                if cancelled is not None and cancelled.is_set():
+                    raise CancelledError
+                with stage_log.timed_stage(stage, self._plan.stages, self._engine, self._cohort):
+                    if isinstance(stage, ServerStage):
+                        self._server |= self._engine.run_server(stage, self._server)
+                    else:
+                        self._run_clients(stage, self._plan.stages[number + 1 :])
+                        jax.block_until_ready(self._server)
+                    stage_log.wait(self._server)
         value = self._result(self._plan.result, self._result_type)
         return Outcome(value, tuple(self._ids[position] for position in sorted(self._dropped)))
 
@@ -139,7 +177,8 @@ class _Run:
     def _run_clients(self, stage: ClientStage, later: tuple[ServerStage | ClientStage, ...]) -> None:
         if not self._ids:
             raise CohortError(
-                "Expected a clients-placed argument, which says who takes part, found a computation without one."
+                "Expected a clients-placed argument, which says who takes part, found a computation without one. Add a "
+                "parameter of type fed.FederatedType(..., fed.CLIENTS), and call the computation with a fed.Cohort."
             )
         needed_later = {name for other in later if isinstance(other, ClientStage) for name in other.columns}
         streamed = self._sink is not None and not needed_later.intersection(stage.outputs)
@@ -155,19 +194,20 @@ class _Run:
             ids, start = self._ids[done : done + count], done
             done += count
             if self._sink is not None and handed_out:
-                self._sink(
-                    {
-                        path: ClientValues(
-                            ids, member, [Part(part.positions - start, part.leaves) for part in parts[name]]
-                        )
-                        for path, name, member in handed_out
-                    }
-                )
+                with stage_log.phase("writing"):
+                    self._sink(
+                        {
+                            path: client_values(
+                                ids, member, [Part(part.positions - start, part.leaves) for part in parts[name]]
+                            )
+                            for path, name, member in handed_out
+                        }
+                    )
 
         result = self._engine.run_clients(
             stage,
             {name: self._server[name] for name in stage.shared},
-            StageCohort(self._ids, {name: self._columns[name] for name in stage.columns}, self._chunk_size),
+            self._cohort(stage),
             forward if streamed else None,
             self._on_nonfinite,
         )
@@ -180,12 +220,15 @@ class _Run:
         if self._sink is not None and not streamed:
             forward(result.outputs)
 
+    def _cohort(self, stage: ClientStage) -> StageCohort:
+        return StageCohort(self._ids, {name: self._columns[name] for name in stage.columns}, self._chunk_size)
+
     def _result(self, block: Any, type_: fl.Type) -> Any:
         if isinstance(type_, fl.FederatedType):
             name = block.name
             if self._plan.placements[name] == "clients":
                 return self._client_values(name, type_.member)
-            return from_positional(_handed_out(self._server[name]), type_.member)
+            return _handed_out(self._server[name], type_.member)
         if isinstance(type_, fl.StructType) and isinstance(block, framework.Struct):
             fields = zip(type_.items(), block.items(), strict=True)
             return trees.build(
@@ -193,18 +236,18 @@ class _Run:
             )
         if isinstance(type_, fl.FunctionType):
             raise UnsupportedError(f"Expected a result that is a value, found a function of type {type_}.")
-        return from_positional(_handed_out(evaluate(block, self._server, eager)), type_)
+        return _handed_out(evaluate(block, self._server, eager), type_)
 
     def _client_values(self, name: str, member: fl.Type) -> ClientValues | None:
         if name in self._outputs:
             values = self._outputs[name]
-            return ClientValues(values.ids, member, values.parts) if self._sink is None else None
+            return client_values(values.ids, member, values.parts) if self._sink is None else None
         if name not in self._columns:  # its stage streamed it
             return None
         column = self._columns[name]
         if not isinstance(column, TensorColumn):
             raise UnsupportedError(
-                "Expected a result made of tensors, found sequences: clients' data is not handed back."
+                f"Expected a result made of tensors of known shape, found {member}: clients' data is not handed back."
             )
         return ClientValues(self._ids, member, [Part(np.arange(len(self._ids)), column.leaves)])
 
@@ -228,10 +271,26 @@ def _part(argument: Any, type_: fl.Type, each: Input) -> Any:
     return value
 
 
-def _handed_out(value: Any) -> Any:
-    """Results as ordinary arrays: on one device, and in NumPy where JAX outside of 64-bit mode would narrow them."""
-    if isinstance(value, tuple):
-        return tuple(_handed_out(field) for field in value)
+def is_asynchronous(argument: Any) -> bool:
+    """Whether something in an argument is still to be awaited."""
+    fields = argument_fields(argument)
+    if fields is not None:
+        return any(is_asynchronous(child) for _, child in fields)
+    return isinstance(argument, Awaitable | fl.program.MaterializableValueReference)
+
+
+def _handed_out(value: Any, type_: fl.Type) -> Any:
+    """A positional value in the containers of its type, a sequence as a list of its elements.
+
+    Arrays are ordinary ones: on one device, and in NumPy where JAX outside of 64-bit mode would narrow them.
+    """
+    if isinstance(type_, fl.SequenceType):
+        return [_handed_out(element, type_.element) for element in elements(value, type_.element)]
+    if isinstance(type_, fl.StructType):
+        fields = zip(type_.items(), value, strict=True)
+        return trees.build(
+            type_.python_container, [(name, _handed_out(child, field)) for (name, field), child in fields]
+        )
     if not isinstance(value, jax.Array):
         return value
     if value.dtype.itemsize > (8 if value.dtype.kind == "c" else 4):
@@ -245,10 +304,11 @@ _plans: dict[int, Plan] = {}
 def _plan_of(computation: framework.ConcreteComputation) -> Plan:
     """The plan of a computation, made once for each object (a computation's own hash serialises it)."""
     key = id(computation)
-    if key not in _plans:
-        _plans[key] = plan(computation)
-        weakref.finalize(computation, _plans.pop, key, None)
-    return _plans[key]
+    with _lock:  # two plans of one computation would be compiled twice
+        if key not in _plans:
+            _plans[key] = plan(computation)
+            weakref.finalize(computation, _plans.pop, key, None)
+        return _plans[key]
 
 
 _lock = threading.Lock()
@@ -269,7 +329,7 @@ def current_context() -> Context:
     """The context that runs computations in this thread: the one set with `use`, or fedlens's default.
 
     Raises:
-      UnsupportedError: another package's context is in place.
+      UnsupportedError: another package's context is in place, or one whose results are awaited.
     """
     context = framework.get_context_stack().current
     if isinstance(context, Context):
@@ -277,31 +337,51 @@ def current_context() -> Context:
     if isinstance(context, framework.RuntimeErrorContext):
         with _lock:
             return _default_context()
+    if isinstance(context, framework.AsyncContext | fl.program.FederatedContext):
+        raise UnsupportedError(
+            f"Expected a context that waits for its results, found {type(context).__name__}. Call the computations "
+            "themselves (process.next_computation) and await what they return, or wrap the call in fed.use('local')."
+        )
     raise UnsupportedError(
         f"Expected a context of fedlens, found {type(context).__name__}. Wrap the call in fed.use('local')."
     )
 
 
-@contextmanager
-def use(engine: str | Engine) -> Iterator[Context]:
-    """Runs the computations that are called inside on another engine, in this thread.
-
-    Example:
-      >>> with fed.use("debug"):
-      ...     result = computation(cohort)  # prints and breakpoints in client code see values
-
-    Args:
-      engine: "local", "debug", or an engine.
+def engine_of(engine: str | Engine) -> Engine:
+    """The engine of that name, one for each name; an engine is returned as it is.
 
     Raises:
       ConfigError: there is no engine of that name.
     """
-    if isinstance(engine, str):
-        if engine not in ENGINES:
-            raise ConfigError(f"Expected one of the engines {', '.join(ENGINES)}, found {engine!r}.")
-        with _lock:
-            engine = _engine(engine)
-    context = Context(engine)
+    if not isinstance(engine, str):
+        return engine
+    if engine not in ENGINES:
+        raise ConfigError(f"Expected one of the engines {', '.join(ENGINES)}, found {engine!r}.")
+    with _lock:
+        return _engine(engine)
+
+
+@contextmanager
+def use(engine: str | Engine | framework.SyncContext | framework.AsyncContext) -> Iterator[Any]:
+    """Runs the computations that are called inside on another engine, or in another context, in this thread.
+
+    Example:
+      >>> with fed.use("debug"):
+      ...     result = computation(cohort)  # prints and breakpoints in client code see values
+      >>> with fed.use(fed.async_context()):
+      ...     result = asyncio.run(main())  # in main: await computation(cohort)
+
+    The language's stack of contexts belongs to the thread, not to a task: put `use` around `asyncio.run`, not around
+    an `await`, where another task could find it.
+
+    Args:
+      engine: "local", "debug", an engine; or a context, such as `fed.async_context()` or `fed.program_context()`.
+
+    Raises:
+      ConfigError: there is no engine of that name.
+    """
+    is_context = isinstance(engine, framework.SyncContext | framework.AsyncContext)
+    context = engine if is_context else Context(engine_of(engine))
     with framework.get_context_stack().install(context):
         yield context
 

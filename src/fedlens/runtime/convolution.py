@@ -1,7 +1,7 @@
-"""Convolutions lowered for CPU as matrix products: inside loops, XLA:CPU runs them as scalar loops.
+"""Convolutions lowered for CPU in the form that costs least: inside loops, XLA:CPU runs most of them as scalar loops.
 
-The rule is for `lax.conv_general_dilated_p`, which gradients and batched convolutions are again. The products are in
-`convolution_forms`.
+The rule is for `lax.conv_general_dilated_p`, which gradients and batched convolutions are again. The forms are in
+`convolution_forms`, what they cost in `convolution_cost`.
 """
 
 from __future__ import annotations
@@ -13,39 +13,57 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from fedlens.runtime.convolution_forms import Geometry, convolve
+from fedlens.runtime.convolution_cost import Form, cheapest
+from fedlens.runtime.convolution_forms import CANONICAL, convolve
+from fedlens.runtime.convolution_geometry import geometry_of
 from fedlens.runtime.lowering import register
-
-MAX_SLICES = 256
-"""Beyond as many slices XLA takes many seconds to compile a convolution; longer ones keep its own form."""
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def install() -> bool:
-    """Registers the rule; within `lowered_for_cpu` convolutions then become matrix products.
-
-    Some stay as they were: of integers or complex numbers, of empty arrays, of symbolic shapes, sharded over devices
-    outside `shard_map`, or with both kernel and output so long that they unroll into more than `MAX_SLICES` slices.
+    """Registers the rule; within `lowered_for_cpu` convolutions then take the form that `chosen_form` says.
 
     Returns:
       Whether the rule is registered; see `lowering.register`.
     """
-    return register(lax.conv_general_dilated_p, _convolution, _has_product_form)
+    return register(lax.conv_general_dilated_p, convolved, _changes)
 
 
-def _has_product_form(arrays: Sequence[Any], parameters: dict[str, Any]) -> bool:
-    """Whether a convolution, of `arrays` lhs, rhs and result, is one that `_convolution` computes."""
+def chosen_form(arrays: Sequence[Any], parameters: dict[str, Any]) -> Form | None:
+    """The form in which a convolution is computed within `lowered_for_cpu`.
+
+    Args:
+      arrays: lhs, rhs and result, or their shapes and dtypes.
+      parameters: of the primitive `lax.conv_general_dilated_p`.
+
+    Returns:
+      The form. None for convolutions that stay as they are: of integers or complex numbers, of empty arrays, of
+      symbolic shapes, sharded over devices outside `shard_map`, or with both kernel and output so long that no form
+      computes them in `convolution_cost.MAX_SLICES` slices.
+    """
     if not all(isinstance(size, int) and size > 0 for array in arrays for size in array.shape):
-        return False
+        return None
     if not all(array.dtype.name in _FLOATS for array in arrays) or _is_spread(parameters.get("out_sharding")):
-        return False
+        return None
     if any(_varies(array) for array in arrays):
-        return False
+        return None
     lhs, rhs, _ = arrays
     if lhs.ndim == 2:  # no spatial axis: a product as it is
-        return False
-    return _geometry(lhs.shape, rhs.shape, parameters).slices <= MAX_SLICES
+        return None
+    computed = _computed_type(lhs, rhs, parameters)
+    return cheapest(geometry_of(lhs.shape, rhs.shape, parameters), library=computed == np.float32)
+
+
+def _changes(arrays: Sequence[Any], parameters: dict[str, Any]) -> bool:
+    """Whether the rule has anything to do: not for what XLA hands to the library as it is."""
+    form = chosen_form(arrays, parameters)
+    if form != "library":
+        return form is not None
+    lhs = arrays[0]
+    of_library = lax.conv_dimension_numbers(lhs.shape, lhs.shape, CANONICAL[lhs.ndim - 2])
+    canonical = tuple(parameters["dimension_numbers"]) == tuple(of_library)
+    return not (canonical and all(array.dtype == np.float32 for array in arrays))
 
 
 def _is_spread(sharding: Any) -> bool:
@@ -61,43 +79,20 @@ def _varies(array: Any) -> bool:
     return bool(getattr(getattr(array, "manual_axis_type", array), "varying", None) or getattr(array, "vma", None))
 
 
-def _geometry(lhs: Sequence[int], rhs: Sequence[int], parameters: dict[str, Any]) -> Geometry:
-    """The sizes of a convolution from the parameters of the primitive."""
-    numbers = parameters["dimension_numbers"]
-    feature_groups, batch_groups = parameters["feature_group_count"], parameters["batch_group_count"]
-    groups = feature_groups * batch_groups  # one of the two is 1
-    image, kernel = (tuple(shape[axis] for axis in spec[2:]) for shape, spec in ((lhs, numbers[0]), (rhs, numbers[1])))
-    padding = tuple((int(low), int(high)) for low, high in parameters["padding"])
-    image_dilation, kernel_dilation = tuple(parameters["lhs_dilation"]), tuple(parameters["rhs_dilation"])
-    strides = tuple(parameters["window_strides"])
-    output = tuple(
-        ((size - 1) * spread + 1 + low + high - ((width - 1) * gap + 1)) // stride + 1
-        for size, spread, (low, high), width, gap, stride in zip(
-            image, image_dilation, padding, kernel, kernel_dilation, strides, strict=True
-        )
-    )
-    return Geometry(
-        images=lhs[numbers[0][0]] // batch_groups,
-        inputs=rhs[numbers[1][1]],
-        outputs=rhs[numbers[1][0]] // groups,
-        groups=groups,
-        image=image,
-        kernel=kernel,
-        output=output,
-        strides=strides,
-        padding=padding,
-        image_dilation=image_dilation,
-        kernel_dilation=kernel_dilation,
-    )
+def convolved(
+    lhs: Float[Array, "..."], rhs: Float[Array, "..."], *, form: Form | None = None, **parameters: Any
+) -> Float[Array, "..."]:
+    """What the primitive computes, in one of the forms: brings the axes into their order and back.
 
-
-def _convolution(lhs: Float[Array, "..."], rhs: Float[Array, "..."], **parameters: Any) -> Float[Array, "..."]:
-    """What the primitive computes, by `convolve`: brings the axes into its order and back. Traced by the rule."""
-    geometry = _geometry(lhs.shape, rhs.shape, parameters)
+    Args:
+      lhs: images, in any layout.
+      rhs: the kernel.
+      form: one that is possible; the cheapest unless given.
+      **parameters: of the primitive.
+    """
+    geometry = geometry_of(lhs.shape, rhs.shape, parameters)
     lhs_spec, rhs_spec, out_spec = parameters["dimension_numbers"]
-    result_type = np.dtype(parameters["preferred_element_type"] or lhs.dtype)
-    # 16-bit floats accumulate in 32 bits.
-    computed = np.result_type(np.float32, *({lhs.dtype, rhs.dtype, result_type} & {np.dtype(np.float64)}))
+    computed = _computed_type(lhs, rhs, parameters)
     images = lax.transpose(lax.convert_element_type(lhs, computed), (lhs_spec[0], *lhs_spec[2:], lhs_spec[1]))
     kernel = lax.transpose(lax.convert_element_type(rhs, computed), (*rhs_spec[2:], rhs_spec[1], rhs_spec[0]))
     kernel = kernel.reshape(*kernel.shape[:-1], geometry.groups, geometry.outputs)
@@ -106,8 +101,17 @@ def _convolution(lhs: Float[Array, "..."], rhs: Float[Array, "..."], **parameter
         images = lax.transpose(images, (*range(1, images.ndim - 1), 0, images.ndim - 1))
     else:
         images = images.reshape(*images.shape[:-1], geometry.groups, geometry.inputs)
-    result = convolve(geometry, images, kernel, parameters["precision"])
+    form = form or cheapest(geometry, library=computed == np.float32)
+    if form is None:
+        raise ValueError(f"Expected a convolution that some form computes, found {geometry}.")
+    result = convolve(geometry, form, images, kernel, parameters["precision"])
     result = result.reshape(*result.shape[:-2], geometry.groups * geometry.outputs)
     placed = (out_spec[0], *out_spec[2:], out_spec[1])
     result = lax.transpose(result, tuple(placed.index(axis) for axis in range(len(placed))))
-    return lax.convert_element_type(result, result_type)
+    return lax.convert_element_type(result, parameters["preferred_element_type"] or lhs.dtype)
+
+
+def _computed_type(lhs: Any, rhs: Any, parameters: dict[str, Any]) -> np.dtype[Any]:
+    """The type of sums: 16-bit floats accumulate in 32 bits."""
+    types = {np.dtype(lhs.dtype), np.dtype(rhs.dtype), np.dtype(parameters["preferred_element_type"] or lhs.dtype)}
+    return np.dtype(np.float64 if np.dtype(np.float64) in types else np.float32)

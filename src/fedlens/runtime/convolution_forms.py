@@ -1,93 +1,56 @@
-"""A convolution as few large matrix products, a cache-sized block of images at a time.
+"""The forms of a convolution. Inside a loop, where training happens, XLA's CPU backend is slow with most of them.
 
-Inside a loop, where training happens, XLA's CPU backend runs convolutions and their gradients as nested scalar loops:
-600 ms for a step of a 3x3 layer of 32 to 64 channels on 20 images of 26x26, 12 ms as products (JAX 0.12, one core).
-Unrolling an image into its patches makes a convolution one product (Chellapilla, Puri, Simard: High performance
-convolutional neural networks for document processing, 2006), but the patches of a whole batch are 9 times its size for
-a 3x3 kernel, and bound by memory: 28 ms. So only a block of images is unrolled at once, or a band of one large image,
-whose patches stay in the L2 cache, and of three ways to write the product the cheapest is taken:
+XLA hands a convolution to a library (Eigen) where its axes are in the order of that library. Outside of loops XLA
+brings them into that order; inside it does not, and runs what JAX's gradients are as nested scalar loops: 600 ms for a
+step of a 3x3 layer of 32 to 64 channels on 20 images of 26x26, 10 ms in the forms below (JAX 0.12, one core).
 
-- *gather*: every output position collects the inputs under the kernel. The forward pass.
+- *library*: the axes are transposed, and XLA's convolution does the rest.
+- *gather*: every output position collects the inputs under the kernel, which makes a convolution one matrix product
+  (Chellapilla, Puri, Simard: High performance convolutional neural networks for document processing, 2006).
 - *window*: every output position is a window as large as the kernel, summed over blocks. The gradient of a kernel,
   which JAX writes as a convolution whose kernel, the output's gradient, is larger than its output.
 - *scatter*: every input is multiplied by the whole kernel, and the products are added where they belong. The gradient
   of an image, where output channels are few; a stride of the forward pass costs nothing here.
+- *shift*: sums shifted images, each times one kernel element, where groups have too few channels for a product.
 
-Patches are unrolled one spatial axis at a time: `height + width` slices instead of `height * width`, with long runs to
-copy.
+`convolution_cost` says which one is the cheapest. Patches are unrolled one spatial axis at a time: `height + width`
+slices instead of `height * width`, with long runs to copy.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-CACHE_BYTES = 1 << 20
-"""Patches that one step may hold: an L2 cache of 1 MB a core, the usual size; measured flat from 0.5 to 4 MB."""
+from fedlens.runtime.convolution_blocks import (
+    block_size,
+    by_blocks,
+    cut_into_bands,
+    of_bands,
+    pad,
+    rows_that_fit,
+    sum_over_blocks,
+    zero,
+)
+from fedlens.runtime.convolution_cost import Form
+from fedlens.runtime.convolution_geometry import Geometry
 
-_SCATTERED_BYTES = 8 * CACHE_BYTES  # products of one image: they overlap in the output, so bands of them do not stack
-_MAX_BANDS = 64  # each is a slice to compile
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of a convolution, each at least 1.
-
-    Attributes:
-      images: number of images.
-      inputs: number of input channels, of one group.
-      outputs: number of output channels, of one group.
-      groups: number of groups of channels.
-      image: extent of an image along each spatial axis.
-      kernel: extent of the kernel.
-      output: extent of the output.
-      strides: step of the kernel between neighbouring outputs.
-      padding: zeros before and after an axis; negative numbers crop.
-      image_dilation: distance of neighbouring image elements, the space between filled with zeros.
-      kernel_dilation: distance of neighbouring kernel elements.
-    """
-
-    images: int
-    inputs: int
-    outputs: int
-    groups: int
-    image: tuple[int, ...]
-    kernel: tuple[int, ...]
-    output: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    image_dilation: tuple[int, ...]
-    kernel_dilation: tuple[int, ...]
-
-    @property
-    def form(self) -> Callable[[Geometry, Any, Array, Array], Array]:
-        """The cheapest of `gather`, `window` and `scatter`."""
-        if math.prod(self.kernel) > math.prod(self.output):
-            return window
-        scattered = math.prod(self.image) * self.outputs
-        gathered = math.prod(self.output) * self.inputs
-        fits = 4 * scattered * math.prod(self.kernel) * self.groups <= _SCATTERED_BYTES
-        if all(stride == 1 for stride in self.strides) and scattered < gathered and fits:
-            return scatter
-        return gather
-
-    @property
-    def slices(self) -> int:
-        """How many slices the form unrolls into; compiling takes time in proportion."""
-        return sum(self.output if self.form is window else self.kernel)
+CANONICAL = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
+"""The order of axes that the library takes, by the number of spatial axes."""
 
 
-def convolve(geometry: Geometry, images: Array, kernel: Array, precision: Any = None) -> Array:
-    """Convolves `images` with `kernel` (not flipped, as in neural networks) in the form that suits `geometry`.
+def convolve(geometry: Geometry, form: Form, images: Array, kernel: Array, precision: Any = None) -> Array:
+    """Convolves `images` with `kernel` (not flipped, as in neural networks).
 
     Args:
       geometry: all sizes.
+      form: one that is possible for them; see `convolution_cost`.
       images: `[image, *position, group, input channel]`.
       kernel: `[*position, input channel, group, output channel]`, of the dtype of `images`, float32 or float64.
       precision: for `lax.dot_general`.
@@ -95,7 +58,28 @@ def convolve(geometry: Geometry, images: Array, kernel: Array, precision: Any = 
     Returns:
       `[image, *position, group, output channel]`.
     """
-    return geometry.form(geometry, precision, images, kernel)
+    functions = {"library": library, "gather": gather, "window": window, "scatter": scatter, "shift": shift}
+    return functions[form](geometry, precision, images, kernel)
+
+
+def library(
+    geometry: Geometry,
+    precision: Any,
+    images: Float[Array, "image *position 1 input"],
+    kernel: Float[Array, "*position input 1 output"],
+) -> Float[Array, "image *position 1 output"]:
+    """XLA's own convolution, of axes in an order that it hands on. There is one group."""
+    result = lax.conv_general_dilated(
+        lax.squeeze(images, (images.ndim - 2,)),
+        lax.squeeze(kernel, (kernel.ndim - 2,)),
+        geometry.strides,
+        geometry.padding,
+        geometry.image_dilation,
+        geometry.kernel_dilation,
+        CANONICAL[len(geometry.image)],
+        precision=precision,
+    )
+    return lax.expand_dims(result, (result.ndim - 1,))
 
 
 def gather(
@@ -106,17 +90,17 @@ def gather(
 ) -> Float[Array, "image *position group output"]:
     """Every output position collects the inputs under the kernel: `patches [positions, kernel * inputs] @ kernel`."""
     elements = math.prod(geometry.output) * math.prod(geometry.kernel) * geometry.inputs * geometry.groups
-    rows = _rows_that_fit(geometry.output[0], elements)
+    rows = rows_that_fit(geometry.output[0], elements)
     if rows < geometry.output[0]:
-        bands = _bands(geometry, images, rows, geometry.output[0], geometry.strides[0])
-        narrow = _unpadded(geometry, bands, images=len(bands), output=(rows, *geometry.output[1:]))
+        bands = cut_into_bands(geometry, images, rows, geometry.output[0], geometry.strides[0])
+        narrow = of_bands(geometry, bands, images=len(bands), output=(rows, *geometry.output[1:]))
         result = gather(narrow, precision, bands, kernel)
         result = result.reshape(geometry.images, -1, *result.shape[2:])
         return lax.slice_in_dim(result, 0, geometry.output[0], axis=1)
 
     def one_group(block: Array, weights: Array) -> Array:
         patches = _unroll(
-            _pad(geometry, block),
+            pad(geometry, block),
             counts=geometry.kernel,
             steps=geometry.kernel_dilation,
             extents=geometry.output,
@@ -124,8 +108,8 @@ def gather(
         )
         return _product(patches, weights.reshape(-1, geometry.outputs), ((patches.ndim - 1,), (0,)), precision)
 
-    size = geometry.images if math.prod(geometry.kernel) == 1 else _block_size(geometry.images, elements)
-    return _by_blocks(lambda block: _by_group(one_group)(block, kernel), images, size)
+    size = geometry.images if math.prod(geometry.kernel) == 1 else block_size(geometry.images, elements)
+    return by_blocks(lambda block: _by_group(one_group)(block, kernel), images, size)
 
 
 def window(
@@ -137,9 +121,19 @@ def window(
     """Every output position is one window as large as the kernel; sums the products of blocks of *input channels*.
 
     In the gradient of a kernel the input channels are what was the images of the forward pass, and the positions of
-    the output what was the kernel's.
+    the output what was the kernel's. Where that saves work, images and kernel change places first.
     """
     axes = len(geometry.image)
+    if geometry.exchanges:
+        exchanged = lax.transpose(kernel, (axes + 2, *range(axes), axes + 1, axes))
+        result = window(
+            geometry.exchanged(),
+            precision,
+            exchanged,
+            lax.transpose(images, (*range(1, axes + 1), axes + 2, axes + 1, 0)),
+        )
+        result = lax.rev(result, range(1, axes + 1))
+        return lax.transpose(result, (axes + 2, *range(1, axes + 2), 0))
     by_input = lax.transpose(images, (axes + 2, *range(1, axes + 1), axes + 1, 0))  # [input, *position, group, image]
     weights = lax.transpose(kernel, (axes, *range(axes), axes + 1, axes + 2))  # [input, *position, group, output]
     summed = _sum_of_windows(geometry, precision, by_input, weights)
@@ -154,18 +148,18 @@ def _sum_of_windows(
     kernel: Float[Array, "input *position group output"],
 ) -> Float[Array, "position_image group output"]:
     elements = math.prod(geometry.output) * math.prod(geometry.kernel) * geometry.images * geometry.groups
-    rows = _rows_that_fit(geometry.kernel[0], elements)
+    rows = rows_that_fit(geometry.kernel[0], elements)
     if rows < geometry.kernel[0]:
-        bands = _bands(geometry, images, rows, geometry.kernel[0], geometry.kernel_dilation[0])
-        narrow = _unpadded(geometry, bands, inputs=len(bands), kernel=(rows, *geometry.kernel[1:]))
+        bands = cut_into_bands(geometry, images, rows, geometry.kernel[0], geometry.kernel_dilation[0])
+        narrow = of_bands(geometry, bands, inputs=len(bands), kernel=(rows, *geometry.kernel[1:]))
         beyond = -geometry.kernel[0] % rows
-        kernel = lax.pad(kernel, _zero(kernel), [(0, 0, 0), (0, beyond, 0)] + [(0, 0, 0)] * (kernel.ndim - 2))
+        kernel = lax.pad(kernel, zero(kernel), [(0, 0, 0), (0, beyond, 0)] + [(0, 0, 0)] * (kernel.ndim - 2))
         return _sum_of_windows(narrow, precision, bands, kernel.reshape(len(bands), rows, *kernel.shape[2:]))
     contracted = tuple(range(len(geometry.image) + 1))
 
     def one_group(block: Array, weights: Array) -> Array:
         windows = _unroll(
-            _pad(geometry, block),
+            pad(geometry, block),
             counts=geometry.output,
             steps=geometry.strides,
             extents=geometry.kernel,
@@ -173,8 +167,8 @@ def _sum_of_windows(
         )
         return _product(windows, weights, (contracted, contracted), precision)
 
-    size = geometry.inputs if math.prod(geometry.output) == 1 else _block_size(geometry.inputs, elements)
-    return _sum_over_blocks(_by_group(one_group), images, kernel, size)
+    size = geometry.inputs if math.prod(geometry.output) == 1 else block_size(geometry.inputs, elements)
+    return sum_over_blocks(_by_group(one_group), images, kernel, size)
 
 
 def scatter(
@@ -199,12 +193,81 @@ def scatter(
                 piece = lax.index_in_dim(total, offset, 1 + axes, keepdims=False)
                 config = [(0, 0, 0)] * piece.ndim
                 config[1 + axis] = (first, after, spread - 1)
-                pieces.append(lax.pad(piece, _zero(piece), config))
+                pieces.append(lax.pad(piece, zero(piece), config))
             total = sum(pieces[1:], pieces[0])
         return total
 
     elements = math.prod(geometry.image) * math.prod(geometry.kernel) * geometry.outputs * geometry.groups
-    return _by_blocks(lambda block: _by_group(one_group)(block, kernel), images, _block_size(geometry.images, elements))
+    return by_blocks(lambda block: _by_group(one_group)(block, kernel), images, block_size(geometry.images, elements))
+
+
+def shift(
+    geometry: Geometry,
+    precision: Any,
+    images: Float[Array, "image *position group input"],
+    kernel: Float[Array, "*position input group output"],
+) -> Float[Array, "image *position group output"]:
+    """Sums shifted images, each times one kernel element; XLA fuses them into one loop, with groups as its vectors."""
+    if geometry.kernel_is_larger:
+        return _shifted_windows(geometry, precision, images, kernel)
+    images = pad(geometry, images)
+    columns = []
+    for column in range(geometry.outputs):
+        terms = [
+            _shifted(images, offset, geometry.kernel_dilation, geometry.output, geometry.strides)[..., channel]
+            * kernel[(*offset, channel)][:, column]
+            for offset in itertools.product(*map(range, geometry.kernel))
+            for channel in range(geometry.inputs)
+        ]
+        columns.append(lax.expand_dims(sum(terms[1:], terms[0]), (images.ndim - 1,)))
+    return lax.concatenate(columns, images.ndim - 1)
+
+
+def _shifted_windows(
+    geometry: Geometry,
+    precision: Any,
+    images: Float[Array, "image *position group input"],
+    kernel: Float[Array, "*position input group output"],
+) -> Float[Array, "image *position group output"]:
+    """Each output position sums one shifted image times the kernel, over blocks of input channels, as `window` does."""
+    axes = len(geometry.image)
+    positions = list(itertools.product(*map(range, geometry.output)))
+
+    def one_block(block: Array, weights: Array) -> Array:
+        block = pad(geometry, block)
+        sums = []
+        for offset in positions:
+            shifted = _shifted(block, offset, geometry.strides, geometry.kernel, geometry.kernel_dilation)
+            for image, column in itertools.product(range(geometry.images), range(geometry.outputs)):
+                products = (shifted[..., image] * weights[..., column]).reshape(-1, geometry.groups)
+                # As a product with ones: XLA:CPU does not vectorise a sum that it fuses with what it sums.
+                ones = lax.full((products.shape[0],), 1, products.dtype)
+                sums.append(_product(ones, products, ((0,), (0,)), precision))
+        return lax.concatenate([lax.expand_dims(one, (0,)) for one in sums], 0)
+
+    by_input = lax.transpose(images, (axes + 2, *range(1, axes + 1), axes + 1, 0))  # [input, *position, group, image]
+    by_channel = lax.transpose(kernel, (axes, *range(axes), axes + 1, axes + 2))  # [input, *position, group, output]
+    size = block_size(geometry.inputs, math.prod(geometry.kernel) * geometry.images * geometry.groups)
+    summed = sum_over_blocks(one_block, by_input, by_channel, size)
+    summed = summed.reshape(*geometry.output, geometry.images, geometry.outputs, geometry.groups)
+    return lax.transpose(summed, (axes, *range(axes), axes + 2, axes + 1))
+
+
+def _shifted(
+    images: Float[Array, "image *padded ..."],
+    offset: Sequence[int],
+    steps: Sequence[int],
+    extents: Sequence[int],
+    strides: Sequence[int],
+) -> Float[Array, "image *extent ..."]:
+    """The part of images that starts `offset` steps from their corner."""
+    more = images.ndim - 1 - len(offset)
+    starts = [number * step for number, step in zip(offset, steps, strict=True)]
+    ends = [start + (extent - 1) * stride + 1 for start, extent, stride in zip(starts, extents, strides, strict=True)]
+    sizes = images.shape
+    return lax.slice(
+        images, (0, *starts, *[0] * more), (sizes[0], *ends, *sizes[len(sizes) - more :]), (1, *strides, *[1] * more)
+    )
 
 
 def _by_group(one_group: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
@@ -229,80 +292,5 @@ def _unroll(
     return images
 
 
-def _pad(
-    geometry: Geometry, images: Float[Array, "image *position ..."], beyond: int = 0
-) -> Float[Array, "image *padded ..."]:
-    """Pads and dilates the images; adds `beyond` rows of zeros after the first axis."""
-    between = [step - 1 for step in geometry.image_dilation]
-    spatial = [(low, high, step) for (low, high), step in zip(geometry.padding, between, strict=True)]
-    config = [(0, 0, 0), *spatial] + [(0, 0, 0)] * (images.ndim - 1 - len(spatial))
-    if beyond:
-        low, high, step = config[1]
-        config[1] = (low, high + beyond, step)
-    return lax.pad(images, _zero(images), config) if any(any(amounts) for amounts in config) else images
-
-
-def _zero(like: Array) -> Array:
-    return lax.full((), 0, like.dtype)
-
-
 def _product(left: Array, right: Array, contracting: tuple[tuple[int, ...], tuple[int, ...]], precision: Any) -> Array:
     return lax.dot_general(left, right, (contracting, ((), ())), precision=precision)
-
-
-def _bands(
-    geometry: Geometry, images: Float[Array, "image *position group channel"], rows: int, extent: int, stride: int
-) -> Float[Array, "image_band *padded group channel"]:
-    """Cuts each image into bands along its first axis, as images of their own.
-
-    A band has what `rows` of the `extent` patches (or windows) read, whose elements lie `stride` apart. Neighbouring
-    bands share the rows that both read; the last one reads zeros beyond the extent.
-    """
-    starts = range(0, extent * stride, rows * stride)
-    padded = _pad(geometry, images, beyond=-extent % rows * stride)
-    height = padded.shape[1] - starts[-1]
-    bands = [lax.expand_dims(lax.slice_in_dim(padded, start, start + height, axis=1), (1,)) for start in starts]
-    return lax.concatenate(bands, 1).reshape(-1, height, *padded.shape[2:])
-
-
-def _unpadded(geometry: Geometry, bands: Array, **sizes: Any) -> Geometry:
-    """The geometry with `bands` as its images, which `_bands` has padded."""
-    axes = len(geometry.image)
-    image = tuple(bands.shape[1 : 1 + axes])
-    return replace(geometry, image=image, padding=((0, 0),) * axes, image_dilation=(1,) * axes, **sizes)
-
-
-def _rows_that_fit(extent: int, elements: int) -> int:
-    """How many of the `extent` rows of an image to unroll at once, of `elements` in all, in bands of similar size."""
-    fitting = max(CACHE_BYTES * extent // (4 * elements), 1)
-    bands = min(-(-extent // fitting), _MAX_BANDS)
-    return -(-extent // bands)
-
-
-def _block_size(count: int, elements: int) -> int:
-    """The largest divisor of `count` such that as many patches of `elements` 4-byte numbers fit the cache, or 1."""
-    fitting = max(CACHE_BYTES // (4 * elements), 1)
-    return max(divisor for divisor in range(1, count + 1) if count % divisor == 0 and divisor <= fitting)
-
-
-def _by_blocks(function: Callable[[Array], Array], images: Array, size: int) -> Array:
-    """Applies `function` to `size` images at a time."""
-    count = images.shape[0]
-    if size == count:
-        return function(images)
-    results = lax.map(function, images.reshape(count // size, size, *images.shape[1:]))
-    return results.reshape(count, *results.shape[2:])
-
-
-def _sum_over_blocks(function: Callable[[Array, Array], Array], images: Array, kernel: Array, size: int) -> Array:
-    """Applies `function` to `size` rows of both at a time; the sum of the results."""
-    count = images.shape[0]
-    if size == count:
-        return function(images, kernel)
-    blocks = tuple(array.reshape(count // size, size, *array.shape[1:]) for array in (images, kernel))
-    result = jax.eval_shape(function, *(block[0] for block in blocks))
-
-    def add(total: Array, block: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + function(*block), None
-
-    return lax.scan(add, lax.full(result.shape, 0, result.dtype), blocks)[0]

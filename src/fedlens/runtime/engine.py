@@ -13,8 +13,8 @@ from jaxtyping import Bool, Int
 from fedlens.compiler import ClientStage, ServerStage
 from fedlens.errors import NonFiniteError
 from fedlens.language.types import num_bytes
+from fedlens.runtime.checks import checked_leaves
 from fedlens.runtime.columns import Column
-from fedlens.runtime.reductions import checked_leaves
 from fedlens.runtime.values import Part
 
 OnNonFinite = Literal["ignore", "raise", "drop"]
@@ -93,6 +93,7 @@ class Engine(Protocol):
 
         Raises:
           NonFiniteError: it did, and `on_nonfinite` is "raise"; nothing of that chunk has gone to the sink.
+          BoundError: a client's integers are beyond the bound of a secure sum or a select, likewise.
         """
 
     def run_server(self, stage: ServerStage, environment: Mapping[str, Any]) -> dict[str, Any]:

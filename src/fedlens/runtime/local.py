@@ -19,22 +19,28 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from fedlens.compiler import ClientStage, ServerStage
+from fedlens.compiler import ClientStage, ServerStage, segments
+from fedlens.compiler.functions import describe_tracing
+from fedlens.compiler.operations import SECURE_SUMS
 from fedlens.errors import ConfigError
-from fedlens.language.types import num_bytes
-from fedlens.runtime import chunk_program, convolution, pooling, reductions
+from fedlens.language.tracebacks import noting
+from fedlens.language.types import contains_sequence, num_bytes
+from fedlens.runtime import checks, chunk_program, convolution, pooling, reductions, stage_log
 from fedlens.runtime.chunk_program import AXIS, Watch
 from fedlens.runtime.columns import Layout, Share, bucket
 from fedlens.runtime.devices import compute_devices
 from fedlens.runtime.engine import OnNonFinite, Sink, StageCohort, StageResult, check_finite, to_host
-from fedlens.runtime.interpreter import calls_local_computation, evaluate_stage, inline
+from fedlens.runtime.host import run_segments, run_server_segments
+from fedlens.runtime.interpreter import calls_local_computation, eager, evaluate_stage, inline
 from fedlens.runtime.lowering import lowered_for_cpu
 from fedlens.runtime.replicas import on_all_devices
+from fedlens.runtime.sequences import without_python_lengths
 from fedlens.runtime.values import Part
 
 _GROUP = 16  # clients; 32 and 64 were no faster
 _TINY = 16 * 1024  # bytes of what a client computes; 16 of them then fit into a core's cache
 _MANY = 16 * _GROUP  # clients of a device
+_MANY_TO_DEAL = 4096  # clients; dealing each to the least loaded device would be a Python loop over all of them
 _WATCH: dict[OnNonFinite, Watch] = {"ignore": "nothing", "raise": "sums", "drop": "drop"}
 
 
@@ -75,6 +81,8 @@ class Local:
         on_nonfinite: OnNonFinite = "ignore",
     ) -> StageResult:
         """Runs a client stage; see `Engine.run_clients`."""
+        if parts := segments(stage):
+            return run_segments(self, parts, stage, shared, cohort, sink, on_nonfinite)
         group = self._group(stage, cohort)
         try:
             return self._run_clients(stage, shared, cohort, sink, on_nonfinite, group)
@@ -86,9 +94,11 @@ class Local:
 
     def _group(self, stage: ClientStage, cohort: StageCohort) -> int:
         """How many clients a device computes side by side: several if there are many and what each gives is tiny."""
+        if any(contains_sequence(reductions.sent_type(step)) for step in stage.reductions):
+            return 1  # a group would hold the rows of all clients once for each of its own
         if self.clients_per_step is not None:
             return self.clients_per_step
-        values = [step.operand.type_signature for step in stage.reductions if step.operand is not None]
+        values = [reductions.sent_type(step) for step in stage.reductions]
         tiny = sum(map(num_bytes, (*values, *stage.output_types))) <= _TINY
         many = len(cohort.chunks(stage)[0]) >= _MANY * len(self.devices)
         return _GROUP if tiny and many and stage not in self._one_by_one else 1
@@ -110,10 +120,11 @@ class Local:
 
         def take(shares: list[Share], results: Any, compute: Callable[[Watch], Any]) -> None:
             """Hands out what a chunk computed; called when the next one is under way."""
-            rows, finite = results
+            rows, seen, sums = results
+            jax.block_until_ready(sums)  # no more than two chunks under way: JAX 0.10 deadlocked on many
             if on_nonfinite == "drop":
-                dropped.append(_check_chunk(stage, cohort.ids, shares, finite, on_nonfinite))
-            elif on_nonfinite == "raise" and not to_host(finite).all():
+                dropped.append(_check_chunk(stage, cohort.ids, shares, seen, on_nonfinite))
+            if "passed" in seen and not to_host(seen["passed"]).all():
                 *_, of_clients = compute("clients")  # once more, to see whose it was
                 _check_chunk(stage, cohort.ids, shares, of_clients, on_nonfinite)
             parts = {name: self._parts(shares, rows[name]) for name in stage.outputs}
@@ -124,27 +135,36 @@ class Local:
                     outputs[name] += of_chunk
 
         with jax.enable_x64(True), lowered_for_cpu():
-            held = on_all_devices(dict(shared), self._everywhere)
+            with stage_log.phase("packing"):
+                held = on_all_devices(without_python_lengths(dict(shared)), self._everywhere)
+                read_after = {name: held[name] for name in reductions.names_read(stage.reductions, stage.shared)}
             capacity = 0
             for chunk in cohort.chunks(stage):
-                shares = self._deal(stage, cohort, chunk, group)
-                # A short last chunk takes the capacity of the others, and compiles nothing.
-                capacity = max(-(-bucket(max(len(share) for share in shares)) // group) * group, capacity)
-                packed, counts, layouts = self._pack(stage, cohort, shares, capacity)
+                with stage_log.phase("packing"):
+                    shares = self._deal(stage, cohort, chunk, group)
+                    # A short last chunk takes the capacity of the others, and compiles nothing.
+                    capacity = max(-(-bucket(max(len(share) for share in shares)) // group) * group, capacity)
+                    packed, counts, layouts = self._pack(stage, cohort, shares, capacity)
                 compute = partial(run_chunk, capacity, group, layouts, held, packed, counts)
-                partial_sums, rows, finite = compute(_WATCH[on_nonfinite])
-                total = partial_sums if total is None else finish.merge(total, partial_sums)
+                partial_sums, rows, seen = compute(_WATCH[on_nonfinite])
+                total = partial_sums if total is None else finish.merge(total, partial_sums, read_after)
                 if computing is not None:
                     take(*computing)
-                computing = shares, (rows, finite), compute
-            results = finish.finish(total)  # under way while the last chunk is awaited
+                computing = shares, (rows, seen, partial_sums), compute
+            results, fits = finish.finish(total, read_after)  # under way while the last chunk is awaited
             if computing is not None:
                 take(*computing)
+            checks.refuse_unfit(stage, {name: to_host(flags) for name, flags in fits.items()})
         positions = np.concatenate([np.zeros(0, np.int64), *dropped])
         return StageResult(results, {} if sink is not None else outputs, positions)
 
     def run_server(self, stage: ServerStage, environment: Mapping[str, Any]) -> dict[str, Any]:
         """Runs a server stage as one program, or without one if it only moves values; see `Engine.run_server`."""
+        if parts := segments(stage):
+            return run_server_segments(self, parts, stage, environment)
+        if any(step.is_lazy and step.name in stage.outputs for step in stage.body):
+            with jax.enable_x64(True):  # a sequence cannot leave a program; it is computed when its elements are read
+                return evaluate_stage(stage, environment, eager)
         if not any(calls_local_computation(step) for step in stage.body):
             return evaluate_stage(stage, environment, inline)
         program = self._programs.get(stage)
@@ -153,9 +173,7 @@ class Local:
             program = self._programs[stage] = jax.jit(lambda values: evaluate_stage(own, values, inline))
         with jax.enable_x64(True), lowered_for_cpu():
             read = {name: environment[name] for name in stage.inputs}
-            # The one Python number in a positional value is a sequence's length, an int32 wherever it is traced.
-            read = jax.tree.map(lambda leaf: np.int32(leaf) if isinstance(leaf, int) else leaf, read)
-            results: dict[str, Any] = program(on_all_devices(read, self._everywhere))
+            results: dict[str, Any] = program(on_all_devices(without_python_lengths(read), self._everywhere))
         return results
 
     def _client_programs(self, stage: ClientStage) -> tuple[Callable[..., Any], _Finish]:
@@ -181,12 +199,16 @@ class Local:
         order = np.argsort(-cost, kind="stable")
         if count == 1:
             return [chunk if group == 1 else chunk[order]]
-        loads = [(0, device) for device in range(count)]
         of_device = np.empty(len(chunk), np.int64)
-        for client in order:
-            load, device = heapq.heappop(loads)
-            of_device[client] = device
-            heapq.heappush(loads, (load + int(cost[client]), device))
+        if len(chunk) > _MANY_TO_DEAL:
+            # There and back again over the devices: their loads then differ by one client's cost at most.
+            of_device[order] = np.resize([*range(count), *reversed(range(count))], len(chunk))
+        else:
+            loads = [(0, device) for device in range(count)]
+            for client in order:
+                load, device = heapq.heappop(loads)
+                of_device[client] = device
+                heapq.heappush(loads, (load + int(cost[client]), device))
         if group > 1:
             chunk, of_device = chunk[order], of_device[order]
         return [chunk[of_device == device] for device in range(count)]
@@ -233,18 +255,41 @@ class _Finish:
     """The small programs after the loop: merge the accumulators of two chunks, and turn one into results."""
 
     def __init__(self, stage: ClientStage):
-        self.merge = jax.jit(reductions.merge)
-        self.finish = jax.jit(
-            lambda total: {step.name: reductions.finish(step, total[step.name]) for step in stage.reductions}
-        )
+        noted = noting(describe_tracing(f"client stage {stage.index}", *stage.reductions), unless_noted=True)
+        self.merge = jax.jit(noted(partial(chunk_program.merge_all, stage)))
+        self.finish = jax.jit(noted(partial(_results, stage)))
+
+
+def _results(stage: ClientStage, total: Any, shared: dict[str, Any]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The results of all reductions of a stage, and of each secure sum what fits its dtype."""
+    secure = [step for step in stage.reductions if step.operation in SECURE_SUMS]
+    return (
+        {step.name: reductions.finish(step, total[step.name], shared, inline) for step in stage.reductions},
+        {step.name: reductions.fits(step, total[step.name]) for step in secure},
+    )
 
 
 def _check_chunk(
-    stage: ClientStage, ids: Sequence[str], shares: list[Share], finite: jax.Array, on_nonfinite: OnNonFinite
+    stage: ClientStage,
+    ids: Sequence[str],
+    shares: list[Share],
+    seen: Mapping[str, jax.Array],
+    on_nonfinite: OnNonFinite,
 ) -> Int[np.ndarray, " dropped"]:
-    by_device = to_host(finite).reshape(len(shares), finite.shape[0] // len(shares), finite.shape[1])
-    flags = np.concatenate([rows[: len(share)] for share, rows in zip(shares, by_device, strict=True)])
+    """The positions of the clients to leave out, by what was seen of each; raises for the first that is to raise."""
     positions = np.concatenate(shares)
     order = np.argsort(positions)
-    bad = check_finite(stage, [ids[position] for position in positions[order]], flags[order], on_nonfinite)
-    return positions[order][bad]
+    positions = positions[order]
+    owners = [ids[position] for position in positions]
+
+    def of_clients(flags: jax.Array) -> np.ndarray:
+        by_device = np.split(to_host(flags), len(shares))
+        return np.concatenate([rows[: len(share)] for share, rows in zip(shares, by_device, strict=True)])[order]
+
+    finite = of_clients(seen["finite"])
+    bad = check_finite(stage, owners, finite, on_nonfinite)
+    if "within" in seen:
+        # Who is left out sends nothing that could be beyond a bound.
+        kept = finite.all(axis=1, keepdims=True) if on_nonfinite == "drop" else True
+        checks.refuse_beyond(stage, owners, of_clients(seen["within"]) | ~np.bool_(kept), of_clients(seen["found"]))
+    return positions[bad]

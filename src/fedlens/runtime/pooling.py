@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ def install() -> bool:
       Whether both are registered; see `lowering.register`.
     """
     pooled = register(lax.reduce_window_max_p, _pool, _pools)
-    return register(lax.select_and_scatter_add_p, _pool_gradient, _is_gradient_of_tiles) and pooled
+    return register(lax.select_and_scatter_add_p, _pool_gradient, _pools_gradient) and pooled
 
 
 def _window(output: Sequence[int], parameters: dict[str, Any]) -> Window:
@@ -38,14 +39,10 @@ def _pools(arrays: Sequence[Any], parameters: dict[str, Any]) -> bool:
     return _are_plain(arrays) and all(step == 1 for step in dilations) and _is_small(arrays[-1], parameters)
 
 
-def _is_gradient_of_tiles(arrays: Sequence[Any], parameters: dict[str, Any]) -> bool:
-    source = arrays[0]
-    return (
-        _are_plain(arrays)
-        and parameters["select_prim"] is lax.ge_p
-        and _is_small(source, parameters)
-        and _window(source.shape, parameters).tiles
-    )
+def _pools_gradient(arrays: Sequence[Any], parameters: dict[str, Any]) -> bool:
+    source, between = arrays[0], math.prod(parameters["window_strides"])
+    is_maximum = parameters["select_prim"] is lax.ge_p
+    return _are_plain(arrays) and is_maximum and _is_small(source, parameters) and between <= MAX_POSITIONS
 
 
 def _are_plain(arrays: Sequence[Any]) -> bool:

@@ -1,6 +1,8 @@
 """Max pooling and its gradient as elementwise operations, which XLA:CPU vectorises; its own window loops it does not.
 
-With a CNN of two convolutions, XLA's form of a 2x2 pooling took as long as a third of the convolutions.
+The gradient of a 3x3 pooling of stride 2 took XLA 16 ms on 20 images of 24x24x64, and 0.4 ms as below; that of a 2x2
+pooling, which does not overlap, 4 ms and 0.1 ms (inside a loop or not; JAX 0.12, one core). Average pooling is in XLA's
+own form as fast as memory.
 """
 
 from __future__ import annotations
@@ -40,17 +42,10 @@ class Window:
         """How many cells a window has."""
         return math.prod(self.sizes)
 
-    @property
-    def tiles(self) -> bool:
-        """Whether the windows lie side by side, so that no cell is in two of them."""
-        return self.sizes == self.strides and all(pad == (0, 0) for pad in self.padding)
-
 
 def pool(operand: Shaped[Array, "..."], window: Window) -> Shaped[Array, "..."]:
     """The largest cell of each window; cells that padding adds are never it."""
-    is_float = jnp.issubdtype(operand.dtype, jnp.floating)
-    lowest = -np.inf if is_float else np.iinfo(operand.dtype).min
-    padded = lax.pad(operand, jnp.array(lowest, operand.dtype), [(low, high, 0) for low, high in window.padding])
+    padded = _padded(operand, window)
     first, *others = itertools.product(*map(range, window.sizes))
     result = _cells(padded, window, first)
     for offset in others:
@@ -59,35 +54,75 @@ def pool(operand: Shaped[Array, "..."], window: Window) -> Shaped[Array, "..."]:
 
 
 def pool_gradient(source: Shaped[Array, "..."], operand: Shaped[Array, "..."], window: Window) -> Shaped[Array, "..."]:
-    """Puts each window's number of `source` where the window's largest cell is, the first one if there are several.
+    """Adds each window's number of `source` where the window's largest cell is, the first one if there are several.
+
+    A cell lies at a distance of whole strides from every window that has it, plus a rest, its phase. The cells of one
+    phase sum shifted sources, and the phases are interleaved at last: no scattering, and no zeros in between.
 
     Args:
       source: one number for each window.
       operand: what was pooled.
-      window: windows that tile the operand.
+      window: the windows; they may overlap, or leave cells out.
 
     Returns:
       An array of the shape of `operand`, zero elsewhere.
     """
+    rank = len(window.sizes)
+    # Written out once: fused into the sums below, the choice would be made again for each of its readers.
+    chosen = lax.optimization_barrier(_chosen(_padded(operand, window), window))
+    kept = source.dtype
+    if jnp.issubdtype(kept, jnp.floating) and kept.itemsize == 2:  # a sum of several is rounded once
+        source = source.astype(jnp.float32)
+    zero = jnp.zeros((), source.dtype)
+    around = [(size - 1) // stride for size, stride in zip(window.sizes, window.strides, strict=True)]
+    spread = [(count, count, 0) for count in around]
+    chosen, source = lax.pad(chosen, np.int32(-1), spread), lax.pad(source, zero, spread)
+    tiles = [count + more for count, more in zip(window.output, around, strict=True)]
+    phases: dict[tuple[int, ...], Array] = {}
+    for number, offset in enumerate(itertools.product(*map(range, window.sizes))):
+        starts = [more - place // stride for more, place, stride in zip(around, offset, window.strides, strict=True)]
+        ends = [start + count for start, count in zip(starts, tiles, strict=True)]
+        won = lax.slice(chosen, starts, ends) == np.int32(number)
+        received = jnp.where(won, lax.slice(source, starts, ends), zero)
+        phase = tuple(place % stride for place, stride in zip(offset, window.strides, strict=True))
+        phases[phase] = phases[phase] + received if phase in phases else received
+    nothing = jnp.zeros(tiles, source.dtype)
+
+    def interleaved(phase: tuple[int, ...]) -> Array:
+        """The cells whose phase begins like this; the axes that follow are complete."""
+        axis = len(phase)
+        if axis == rank:
+            return phases.get(phase, nothing)
+        parts = [lax.expand_dims(interleaved((*phase, place)), (axis + 1,)) for place in range(window.strides[axis])]
+        whole = lax.concatenate(parts, axis + 1) if len(parts) > 1 else parts[0]
+        return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
+
+    result = interleaved(())
+    config = [
+        (-low, low + extent - covered, 0)
+        for (low, _), extent, covered in zip(window.padding, operand.shape, result.shape, strict=True)
+    ]
+    return lax.pad(result, zero, config).astype(kept)
+
+
+def _chosen(padded: Shaped[Array, "..."], window: Window) -> Shaped[Array, "..."]:
+    """The number of the largest cell of each window."""
     first, *others = itertools.product(*map(range, window.sizes))
-    largest = _cells(operand, window, first)
+    largest = _cells(padded, window, first)
     chosen = jnp.zeros(largest.shape, jnp.int32)
     for number, offset in enumerate(others, 1):
-        cells = _cells(operand, window, offset)
+        cells = _cells(padded, window, offset)
         better = jnp.logical_not(largest >= cells)  # as XLA compares: NaN is better than anything before it
         chosen = jnp.where(better, np.int32(number), chosen)
         largest = jnp.where(better, cells, largest)
-    tiled = [extent for pair in zip(window.output, window.sizes, strict=True) for extent in pair]
-    whole = tuple(range(0, len(tiled), 2))
-    number_of_cell = np.arange(window.positions, dtype=np.int32).reshape(
-        [1 if axis % 2 == 0 else tiled[axis] for axis in range(len(tiled))]
-    )
-    result = jnp.where(
-        lax.broadcast_in_dim(chosen, tiled, whole) == number_of_cell,
-        lax.broadcast_in_dim(source, tiled, whole),
-        jnp.zeros((), source.dtype),
-    ).reshape([count * size for count, size in zip(window.output, window.sizes, strict=True)])
-    return lax.pad(result, jnp.zeros((), source.dtype), _rest(operand.shape, result.shape))
+    return chosen
+
+
+def _padded(operand: Shaped[Array, "..."], window: Window) -> Shaped[Array, "..."]:
+    """The operand with the least of all numbers around it."""
+    is_float = jnp.issubdtype(operand.dtype, jnp.floating)
+    lowest = -np.inf if is_float else np.iinfo(operand.dtype).min
+    return lax.pad(operand, jnp.array(lowest, operand.dtype), [(low, high, 0) for low, high in window.padding])
 
 
 def _cells(array: Shaped[Array, "..."], window: Window, offset: Sequence[int]) -> Shaped[Array, "..."]:
@@ -97,7 +132,3 @@ def _cells(array: Shaped[Array, "..."], window: Window, offset: Sequence[int]) -
         for start, count, stride in zip(offset, window.output, window.strides, strict=True)
     ]
     return lax.slice(array, offset, ends, window.strides)
-
-
-def _rest(shape: Sequence[int], covered: Sequence[int]) -> list[tuple[int, int, int]]:
-    return [(0, full - part, 0) for full, part in zip(shape, covered, strict=True)]
