@@ -2,11 +2,13 @@
 # make test    creates .venv, installs the development tools, runs every test
 # make check   linters and types
 # make bench   fedlens against the hand-written reference
-# make clean   removes .venv and caches
+# make bench-peers    and against PyTorch, pfl, FedJAX and Flower, in environments of their own under .bench/
+# make bench-claims   fedlens against itself: devices, first rounds, ragged cohorts, a million clients
+# make clean   removes .venv, .bench and caches
 # PYTHON=...   names the interpreter; without it the newest of 3.13, 3.12, 3.11 is taken
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench bench-peers bench-claims clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,13 +50,14 @@ check: $(DEVELOPMENT)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)
-	@mkdir -p benchmarks/results
-	@for workload in W1 W2 W4; do \
-		for script in run reference; do \
-			$(BIN)/python benchmarks/$$script.py --workload $$workload | tee benchmarks/results/$$script-$$workload.json || exit 1; \
-		done; \
-	done
+bench: $(DEVELOPMENT)
+	$(BIN)/python benchmarks/compare.py
+
+bench-peers: $(DEVELOPMENT)
+	$(BIN)/python benchmarks/compare.py --peers
+
+bench-claims: $(DEVELOPMENT)
+	$(BIN)/python benchmarks/claims.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis

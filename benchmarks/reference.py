@@ -1,19 +1,18 @@
 """How fast a round can be: each workload as a JAX program written by hand for it alone, without fedlens or a framework.
 
     python benchmarks/reference.py --workload W1 [--capture]
+    python benchmarks/reference.py --workload W3 [--form naive]    # see reference_text.py
 
 The floor that fedlens's general engine is measured against. One program a round: `shard_map` over one CPU device per
 core, a scan over the clients of a device (groups of them at a time where the model is tiny), convolutions as products
 of one image's patches, the weighted mean as a running sum. The pool lies at addresses where the devices read it in
-place; drawing the cohort and gathering its data are part of a round. With `--capture` every client's local model is written to disk too, one file per leaf and
-device, and synced.
+place; drawing the cohort and gathering its data are part of a round. With `--capture` every client's local model is
+written to disk too, one file per leaf and device, and synced.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,17 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", 2)
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax import lax  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
-from workloads import WORKLOADS, Workload, cohort, data, measure, report  # noqa: E402
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from measuring import arguments, chosen, cores, measure, report
+from workloads import WORKLOADS, TextWorkload, Workload, cohort, data
 
 Parameters = dict[str, jax.Array]
-CHUNK = 10_000  # clients that are on the devices at once
+CHUNKS = {"W5": 100}  # clients that are on the devices at once; their local models are when these are written
+CHUNK = 10_000
 GROUPS = {"W4": 50}  # clients that a step of the scan trains side by side
 
 
@@ -189,17 +187,18 @@ def rounds(workload: Workload, capture: Path | None) -> Callable[[int], None]:
     """The function that runs one round, from the drawing of its cohort to the new global model."""
     mesh = Mesh(np.array(jax.devices()), ("clients",))
     by_client, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec("clients"), PartitionSpec()))
-    features, labels = (in_place(array, everywhere) for array in data(workload.name))
+    features, labels = (in_place(array, everywhere) for array in data(workload))
     run_chunk = build_chunk(workload, mesh, capture is not None)
     finish = jax.jit(lambda total, weight: jax.tree.map(lambda leaf: leaf / weight, total))
     parameters = jax.device_put(initialize(workload), everywhere)
     run_key = jax.random.key(1)
 
     def chunks(number: int) -> Iterator[Any]:
-        clients = cohort(workload.name, number)
+        clients = cohort(workload, number)
         key = jax.device_put(jax.random.fold_in(run_key, number), everywhere)
-        for start in range(0, workload.clients, CHUNK):
-            members = jax.device_put(clients[start : start + CHUNK].astype(np.int32), by_client)
+        size = CHUNKS.get(workload.name, CHUNK)
+        for start in range(0, workload.clients, size):
+            members = jax.device_put(clients[start : start + size].astype(np.int32), by_client)
             yield run_chunk(parameters, key, features, labels, members)
 
     def run_round(number: int) -> None:
@@ -223,20 +222,23 @@ def rounds(workload: Workload, capture: Path | None) -> Callable[[int], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=sorted(WORKLOADS), required=True)
-    parser.add_argument("--capture", action="store_true", help="also write every client's local model to disk")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    workload = WORKLOADS[arguments.workload]
-    folder = Path(tempfile.mkdtemp(prefix="reference-")) if arguments.capture else None
-    try:
-        seconds = measure(rounds(workload, folder), arguments.rounds)
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder)
+    parser = arguments(__doc__, sorted(WORKLOADS))
+    parser.add_argument("--form", choices=("fast", "naive"), default="fast", help="W3: how the LSTM is written")
+    options = parser.parse_args()
+    workload = chosen(options)
+    jax.config.update("jax_num_cpu_devices", cores())
+    with tempfile.TemporaryDirectory(prefix="reference-") as folder:
+        capture = Path(folder) if options.capture else None
+        if isinstance(workload, TextWorkload):
+            import reference_text
+
+            run_round = reference_text.rounds(workload, capture, options.form)
+        else:
+            run_round = rounds(workload, capture)
+        seconds = measure(run_round, options.rounds, options.warmup)
+    more = {"form": options.form} if isinstance(workload, TextWorkload) else {}
     packages = ["jax", "jaxlib", "numpy"]
-    report(workload.name, "reference", seconds, capture=arguments.capture, packages=packages)
+    report(workload, "reference", seconds, capture=options.capture, packages=packages, **more)
 
 
 if __name__ == "__main__":
