@@ -43,7 +43,7 @@ demo: $(INSTALLED)
 	$(BIN)/fedlens run digits
 
 test: $(DEVELOPMENT)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(DEVELOPMENT)
 	$(BIN)/ruff check .

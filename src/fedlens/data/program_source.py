@@ -26,6 +26,7 @@ class CohortSource(fl.program.FederatedDataSource):
     """Cohorts of a federated data set, for a program.
 
     Example:
+      >>> import fedlens as fed
       >>> source = fed.CohortSource(fed.data.digits(), batch_size=20, seed=0)
       >>> iterator = source.iterator()
       >>> iterator.select(5)  # round 0
