@@ -30,7 +30,7 @@ class CohortSource(fl.program.FederatedDataSource):
       >>> source = fed.CohortSource(fed.data.digits(), batch_size=20, seed=0)
       >>> iterator = source.iterator()
       >>> iterator.select(5)  # round 0
-      Cohort(5 clients: form-13, form-10, form-04, ...)
+      Cohort(5 clients: form-10, form-13, form-07, ...)
 
     Attributes:
       data: the clients and their examples.
