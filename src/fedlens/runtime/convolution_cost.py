@@ -101,14 +101,16 @@ def seconds(geometry: Geometry, form: Form) -> float:
         summed = geometry.kernel_is_larger
         channels = geometry.outputs * (geometry.images if summed else geometry.inputs)  # next to each other in memory
         rate = _ELEMENTWISE * min(geometry.groups / _LANES, 1) / channels
-        return output * pairs / rate + (2 * output * pairs / _ADDED if summed else 0)
+        if summed:
+            return output * pairs / rate + 2 * output * pairs / _ADDED
+        return min(output, image) * pairs / rate
     copied = 0 if kernel == 1 or output == 1 else patches / _COPIED
     return transposed + output * pairs / _PRODUCTS + copied
 
 
 def _slices(geometry: Geometry, form: Form) -> int:
     """How many slices a form unrolls into."""
-    if form == "library":
+    if form == "library" or (form == "gather" and math.prod(geometry.output) == 1):
         return 1
     if form == "shift":
         positions, rows = (

@@ -40,6 +40,7 @@ from fedlens.runtime.convolution_blocks import (
 )
 from fedlens.runtime.convolution_cost import Form
 from fedlens.runtime.convolution_geometry import Geometry
+from fedlens.runtime.interleaving import interleaved
 
 CANONICAL = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
 """The order of axes that the library takes, by the number of spatial axes."""
@@ -89,6 +90,7 @@ def gather(
     kernel: Float[Array, "*position input group output"],
 ) -> Float[Array, "image *position group output"]:
     """Every output position collects the inputs under the kernel: `patches [positions, kernel * inputs] @ kernel`."""
+    axes = len(geometry.image)
     elements = math.prod(geometry.output) * math.prod(geometry.kernel) * geometry.inputs * geometry.groups
     rows = rows_that_fit(geometry.output[0], elements)
     if rows < geometry.output[0]:
@@ -99,16 +101,22 @@ def gather(
         return lax.slice_in_dim(result, 0, geometry.output[0], axis=1)
 
     def one_group(block: Array, weights: Array) -> Array:
-        patches = _unroll(
-            pad(geometry, block),
-            counts=geometry.kernel,
-            steps=geometry.kernel_dilation,
-            extents=geometry.output,
-            strides=geometry.strides,
-        )
+        padded = pad(geometry, block)
+        if math.prod(geometry.output) == 1:  # one patch, which is all of the image
+            patches = _shifted(padded, [0] * axes, geometry.strides, geometry.kernel, geometry.kernel_dilation)
+            patches = patches.reshape(patches.shape[0], *geometry.output, -1)
+        else:
+            patches = _unroll(
+                padded,
+                counts=geometry.kernel,
+                steps=geometry.kernel_dilation,
+                extents=geometry.output,
+                strides=geometry.strides,
+            )
         return _product(patches, weights.reshape(-1, geometry.outputs), ((patches.ndim - 1,), (0,)), precision)
 
-    size = geometry.images if math.prod(geometry.kernel) == 1 else block_size(geometry.images, elements)
+    whole = math.prod(geometry.kernel) == 1 or math.prod(geometry.output) == 1
+    size = geometry.images if whole else block_size(geometry.images, elements)
     return by_blocks(lambda block: _by_group(one_group)(block, kernel), images, size)
 
 
@@ -210,17 +218,44 @@ def shift(
     """Sums shifted images, each times one kernel element; XLA fuses them into one loop, with groups as its vectors."""
     if geometry.kernel_is_larger:
         return _shifted_windows(geometry, precision, images, kernel)
-    images = pad(geometry, images)
-    columns = []
-    for column in range(geometry.outputs):
-        terms = [
-            _shifted(images, offset, geometry.kernel_dilation, geometry.output, geometry.strides)[..., channel]
-            * kernel[(*offset, channel)][:, column]
-            for offset in itertools.product(*map(range, geometry.kernel))
-            for channel in range(geometry.inputs)
-        ]
-        columns.append(lax.expand_dims(sum(terms[1:], terms[0]), (images.ndim - 1,)))
-    return lax.concatenate(columns, images.ndim - 1)
+    axes = range(len(geometry.image))
+    # The outputs of one phase read image elements that lie whole steps apart, none of them a zero in between.
+    common = [math.gcd(*pair) for pair in zip(geometry.image_dilation, geometry.strides, strict=True)]
+    periods = [spread // divisor for spread, divisor in zip(geometry.image_dilation, common, strict=True)]
+    steps = [stride // divisor for stride, divisor in zip(geometry.strides, common, strict=True)]
+    counts = [-(-count // period) for count, period in zip(geometry.output, periods, strict=True)]
+    readings = [[_readings(geometry, axis, rest) for rest in range(periods[axis])] for axis in axes]
+    starts = [[start for phase in readings[axis] for _, start in phase] or [0] for axis in axes]
+    before = [max(0, -min(starts[axis])) for axis in axes]
+    ends = [max(starts[axis]) + (counts[axis] - 1) * steps[axis] for axis in axes]
+    after = [max(0, end - size + 1) for end, size in zip(ends, geometry.image, strict=True)]
+    config = [(0, 0, 0), *((low, high, 0) for low, high in zip(before, after, strict=True)), (0, 0, 0), (0, 0, 0)]
+    padded = lax.pad(images, zero(images), config)
+    phases = {}
+    for phase in itertools.product(*map(range, periods)):
+        terms: list[list[Array]] = [[] for _ in range(geometry.outputs)]
+        for pairs in itertools.product(*(readings[axis][phase[axis]] for axis in axes)):
+            offset = [start + low for (_, start), low in zip(pairs, before, strict=True)]
+            shifted = _shifted(padded, offset, [1] * len(axes), counts, steps)
+            weights = kernel[tuple(element for element, _ in pairs)]
+            for channel, column in itertools.product(range(geometry.inputs), range(geometry.outputs)):
+                terms[column].append(shifted[..., channel] * weights[channel, :, column])
+        if terms[0]:
+            sums = [lax.expand_dims(sum(column[1:], column[0]), (images.ndim - 1,)) for column in terms]
+            phases[(0, *phase, 0, 0)] = lax.concatenate(sums, images.ndim - 1)
+    absent = lax.full((geometry.images, *counts, geometry.groups, geometry.outputs), 0, images.dtype)
+    result = interleaved(phases, (1, *periods, 1, 1), absent)
+    return lax.slice(result, [0] * images.ndim, (geometry.images, *geometry.output, *result.shape[-2:]))
+
+
+def _readings(geometry: Geometry, axis: int, rest: int) -> list[tuple[int, int]]:
+    """The kernel elements that meet image elements in a phase of the output, each with the first of those."""
+    spread, low = geometry.image_dilation[axis], geometry.padding[axis][0]
+    places = [
+        (element, rest * geometry.strides[axis] + element * geometry.kernel_dilation[axis] - low)
+        for element in range(geometry.kernel[axis])
+    ]
+    return [(element, place // spread) for element, place in places if place % spread == 0]
 
 
 def _shifted_windows(

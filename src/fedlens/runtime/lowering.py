@@ -32,7 +32,7 @@ def lowered_for_cpu() -> Iterator[None]:
       True
       >>> images, kernel = jnp.ones((8, 1, 28, 28)), jnp.ones((32, 1, 3, 3))
       >>> with lowered_for_cpu():
-      ...     text = jax.jit(lambda x, w: lax.conv(x, w, (1, 1), "VALID")).lower(images, kernel).as_text()
+      ...     text = jax.jit(lambda x, w: jax.lax.conv(x, w, (1, 1), "VALID")).lower(images, kernel).as_text()
       >>> "convolution" in text
       False
     """

@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped
 
+from fedlens.runtime.interleaving import interleaved
+
 MAX_POSITIONS = 64
 """Windows of more positions keep XLA's own form: each position is an operation of the program."""
 
@@ -67,7 +69,6 @@ def pool_gradient(source: Shaped[Array, "..."], operand: Shaped[Array, "..."], w
     Returns:
       An array of the shape of `operand`, zero elsewhere.
     """
-    rank = len(window.sizes)
     # Written out once: fused into the sums below, the choice would be made again for each of its readers.
     chosen = lax.optimization_barrier(_chosen(_padded(operand, window), window))
     kept = source.dtype
@@ -86,18 +87,7 @@ def pool_gradient(source: Shaped[Array, "..."], operand: Shaped[Array, "..."], w
         received = jnp.where(won, lax.slice(source, starts, ends), zero)
         phase = tuple(place % stride for place, stride in zip(offset, window.strides, strict=True))
         phases[phase] = phases[phase] + received if phase in phases else received
-    nothing = jnp.zeros(tiles, source.dtype)
-
-    def interleaved(phase: tuple[int, ...]) -> Array:
-        """The cells whose phase begins like this; the axes that follow are complete."""
-        axis = len(phase)
-        if axis == rank:
-            return phases.get(phase, nothing)
-        parts = [lax.expand_dims(interleaved((*phase, place)), (axis + 1,)) for place in range(window.strides[axis])]
-        whole = lax.concatenate(parts, axis + 1) if len(parts) > 1 else parts[0]
-        return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
-
-    result = interleaved(())
+    result = interleaved(phases, window.strides, jnp.zeros(tiles, source.dtype))
     config = [
         (-low, low + extent - covered, 0)
         for (low, _), extent, covered in zip(window.padding, operand.shape, result.shape, strict=True)
