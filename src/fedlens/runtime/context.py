@@ -7,7 +7,6 @@ own context is what runs when no other was set, in every thread; `use` puts anot
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import numpy as np
 from federated_language import framework
 
 from fedlens import trees
-from fedlens.compiler import ClientStage, Input, Plan, ServerStage, plan
+from fedlens.compiler import ClientStage, Input, Plan, ServerStage, segments
 from fedlens.compiler.normalize import PARAMETER
 from fedlens.errors import CohortError, ConfigError, StructureError, UnsupportedError
 from fedlens.language.types import argument_fields, matched_fields
@@ -32,6 +31,7 @@ from fedlens.runtime.debug import Debug
 from fedlens.runtime.engine import Engine, OnNonFinite, StageCohort
 from fedlens.runtime.interpreter import eager, evaluate
 from fedlens.runtime.local import Local
+from fedlens.runtime.plans import plan_of
 from fedlens.runtime.replicas import on_one_device
 from fedlens.runtime.sequences import client_values, elements
 from fedlens.runtime.values import ClientValues, Part
@@ -108,7 +108,7 @@ class Context(framework.SyncContext):
           CancelledError: `cancelled` was set.
         """
         check_on_nonfinite(on_nonfinite)
-        run = _Run(self.engine, _plan_of(computation), computation.type_signature, on_nonfinite, sink)
+        run = _Run(self.engine, plan_of(computation), computation.type_signature, on_nonfinite, sink)
         return run(argument, cancelled)
 
 
@@ -146,15 +146,24 @@ class _Run:
     def __call__(self, argument: Any, cancelled: threading.Event | None) -> Outcome:
         with stage_log.timed("arguments", lambda: {"clients": len(self._ids)}), stage_log.phase("packing"):
             self._bind(argument)
-        for number, stage in enumerate(self._plan.stages):
+        stages = self._plan.stages
+        started: dict[str, Any] | None = None  # what a server stage gives that is under way already
+        for number, stage in enumerate(stages):
             with _computing:
                 if cancelled is not None and cancelled.is_set():
                     raise CancelledError
-                with stage_log.timed_stage(stage, self._plan.stages, self._engine, self._cohort):
+                with stage_log.timed_stage(stage, stages, self._engine, self._cohort):
                     if isinstance(stage, ServerStage):
-                        self._server |= self._engine.run_server(stage, self._server)
+                        self._server |= self._engine.run_server(stage, self._server) if started is None else started
+                        started = None
                     else:
-                        self._run_clients(stage, self._plan.stages[number + 1 :])
+                        confirm = self._run_clients(stage, stages[number + 1 :])
+                        if confirm is not None:
+                            # The server's program may wait for the devices while what clients sent is checked.
+                            following = next(iter(stages[number + 1 :]), None)
+                            if isinstance(following, ServerStage) and not (segments(following) or stage_log.is_on()):
+                                started = self._engine.run_server(following, self._server)
+                            confirm()
                         jax.block_until_ready(self._server)
                     stage_log.wait(self._server)
         value = self._result(self._plan.result, self._result_type)
@@ -174,7 +183,9 @@ class _Run:
             types = {each.name: each.type.member for each in self._plan.inputs if each.at_clients}
             self._columns = {name: column_of(cohort, types[name], order[name]) for name, cohort in cohorts.items()}
 
-    def _run_clients(self, stage: ClientStage, later: tuple[ServerStage | ClientStage, ...]) -> None:
+    def _run_clients(
+        self, stage: ClientStage, later: tuple[ServerStage | ClientStage, ...]
+    ) -> Callable[[], None] | None:
         if not self._ids:
             raise CohortError(
                 "Expected a clients-placed argument, which says who takes part, found a computation without one. Add a "
@@ -219,6 +230,7 @@ class _Run:
                 self._columns[name] = TensorColumn(types[name], tuple(values.stacked_leaves()), len(self._ids))
         if self._sink is not None and not streamed:
             forward(result.outputs)
+        return result.confirm
 
     def _cohort(self, stage: ClientStage) -> StageCohort:
         return StageCohort(self._ids, {name: self._columns[name] for name in stage.columns}, self._chunk_size)
@@ -296,19 +308,6 @@ def _handed_out(value: Any, type_: fl.Type) -> Any:
     if value.dtype.itemsize > (8 if value.dtype.kind == "c" else 4):
         return np.asarray(value)
     return on_one_device(value) if len(value.sharding.device_set) > 1 else value
-
-
-_plans: dict[int, Plan] = {}
-
-
-def _plan_of(computation: framework.ConcreteComputation) -> Plan:
-    """The plan of a computation, made once for each object (a computation's own hash serialises it)."""
-    key = id(computation)
-    with _lock:  # two plans of one computation would be compiled twice
-        if key not in _plans:
-            _plans[key] = plan(computation)
-            weakref.finalize(computation, _plans.pop, key, None)
-        return _plans[key]
 
 
 _lock = threading.Lock()

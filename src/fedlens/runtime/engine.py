@@ -59,11 +59,14 @@ class StageResult:
       reductions: step name -> positional server value.
       outputs: step name -> the clients' values; empty when they went to a sink.
       dropped: positions of the clients that were left out of the reductions, as their values were not finite.
+      confirm: waits for the clients, and raises if one sent what it may not; None if that is done. An engine may leave
+        it to its caller, who can start what comes next in the meantime, and must not hand out anything before.
     """
 
     reductions: Mapping[str, Any]
     outputs: Mapping[str, list[Part]]
     dropped: Int[np.ndarray, " dropped"]
+    confirm: Callable[[], None] | None = None
 
 
 # Takes a chunk's outputs as soon as they are computed: step name -> parts, while the engine goes on with the next

@@ -152,9 +152,16 @@ class Local:
                     take(*computing)
                 computing = shares, (rows, seen, partial_sums), compute
             results, fits = finish.finish(total, read_after)  # under way while the last chunk is awaited
-            if computing is not None:
-                take(*computing)
-            checks.refuse_unfit(stage, {name: to_host(flags) for name, flags in fits.items()})
+
+        def confirm() -> None:
+            with jax.enable_x64(True), lowered_for_cpu():
+                if computing is not None:
+                    take(*computing)
+                checks.refuse_unfit(stage, {name: to_host(flags) for name, flags in fits.items()})
+
+        if not stage.outputs and sink is None and on_nonfinite != "drop":
+            return StageResult(results, {}, np.zeros(0, np.int64), confirm)
+        confirm()
         positions = np.concatenate([np.zeros(0, np.int64), *dropped])
         return StageResult(results, {} if sink is not None else outputs, positions)
 

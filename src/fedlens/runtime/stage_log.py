@@ -152,6 +152,11 @@ def _word(value: object) -> str:
     return "".join(str(value).split()) or "-"
 
 
+def is_on() -> bool:
+    """Whether a stage is timed just now."""
+    return _clock.get() is not None
+
+
 def wait(results: Any) -> None:
     """Waits for the arrays that a timed stage computes, so that their time is counted as its own."""
     if _clock.get() is not None:
