@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -37,6 +38,28 @@ def engine(request: pytest.FixtureRequest):
 def two_devices():
     """The local engine on two devices."""
     return _engines()["local, 2 devices"]()
+
+
+@pytest.fixture(scope="session")
+def compilations():
+    """`with compilations() as found:` lists the seconds of everything that XLA compiles inside."""
+    import jax
+
+    @contextlib.contextmanager
+    def counting() -> Iterator[list[float]]:
+        found: list[float] = []
+
+        def listen(event: str, duration: float, **_: object) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                found.append(duration)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield found
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return counting
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """Batches and tensors of undefined size: each arrives as it is, and a program is compiled for each size."""
 
 import collections
-import contextlib
 
 import jax.monitoring
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ BATCHES = fed.SequenceType(
     collections.OrderedDict(x=fed.TensorType(np.float32, (None, 2)), y=fed.TensorType(np.int32, (None,)))
 )
 ROWS = fed.TensorType(np.float32, (None, 2))
-COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @pytest.fixture
@@ -140,22 +138,7 @@ def test_values_of_undefined_size_pass_between_host_steps(in_engine):
     assert list(sums(rows)) == [4, 0]
 
 
-@contextlib.contextmanager
-def compilations():
-    found = []
-
-    def listen(event, duration, **_):
-        if event == COMPILED:
-            found.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_a_program_is_compiled_for_each_pattern_of_sizes_and_no_client_alone(two_devices):
+def test_a_program_is_compiled_for_each_pattern_of_sizes_and_no_client_alone(two_devices, compilations):
     with fed.use(two_devices):
         descended(fed.Cohort([client(5, 5, 5, 3), client(5, 5, 3)]))
         with compilations() as found:

@@ -1,30 +1,10 @@
 """Cohorts of many sizes share few programs: a compilation costs more than a round."""
 
-import contextlib
-
 import jax.monitoring
 import numpy as np
 
 import fedlens as fed
 from fedlens.runtime import Context, Examples, Local
-
-COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-@contextlib.contextmanager
-def compilations():
-    """Counts what XLA compiles."""
-    found = []
-
-    def listen(event, duration, **_):
-        if event == COMPILED:
-            found.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @fed.federated_computation(fed.FederatedType(fed.TensorType(np.float32, (3,)), fed.CLIENTS))
@@ -54,7 +34,7 @@ def ragged(count, seed):
     return fed.Cohort.from_examples([str(i) for i in range(count)], examples)
 
 
-def test_cohorts_of_20_to_40_clients(two_devices):
+def test_cohorts_of_20_to_40_clients(two_devices, compilations):
     context = Context(two_devices)
     with compilations() as first:
         for count in range(20, 41):
@@ -67,7 +47,7 @@ def test_cohorts_of_20_to_40_clients(two_devices):
     assert again == []
 
 
-def test_programs_grow_with_the_logarithm_of_the_cohort():
+def test_programs_grow_with_the_logarithm_of_the_cohort(compilations):
     context = Context(Local(jax.local_devices()[:1]))
     with compilations() as found:
         for count in range(64, 129):
@@ -75,7 +55,7 @@ def test_programs_grow_with_the_logarithm_of_the_cohort():
     assert len(found) <= 9 + 5
 
 
-def test_ragged_cohorts_of_one_size(two_devices):
+def test_ragged_cohorts_of_one_size(two_devices, compilations):
     context = Context(two_devices)
     with compilations() as first:
         for seed in range(12):
@@ -87,7 +67,7 @@ def test_ragged_cohorts_of_one_size(two_devices):
     assert again == []
 
 
-def test_chunks_share_one_program(two_devices):
+def test_chunks_share_one_program(two_devices, compilations):
     context = Context(two_devices)
     context.run(mean_and_values, cohort_of(16, chunk_size=8))
     with compilations() as found:

@@ -192,14 +192,16 @@ class FederatedData:
         from fedlens.runtime.cohort import Cohort
         from fedlens.runtime.examples import Examples
 
-        starts, lengths = self.offsets[:-1], np.diff(self.offsets)
         aligned = all(map(is_aligned, self.columns.values()))
         if clients_per_round is None:
-            return Cohort.from_examples(self.ids, Examples(self.columns, starts, lengths, aligned), checked=True)
+            return Cohort.from_examples(
+                self.ids, Examples(self.columns, self.offsets[:-1], np.diff(self.offsets), aligned), checked=True
+            )
         source = generator("cohort", seed, integer("round", round))
         drawn = draw(source, clients_per_round, self.num_clients, "clients_per_round")
         ids = [self.ids[position] for position in drawn.tolist()]
-        examples = Examples(self.columns, starts[drawn], lengths[drawn], aligned)
+        starts = self.offsets[drawn]
+        examples = Examples(self.columns, starts, self.offsets[drawn + 1] - starts, aligned)
         return Cohort.from_examples(ids, examples, checked=True)
 
     def sample(self, clients: int, seed: int = 0) -> FederatedData:
