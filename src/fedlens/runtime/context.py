@@ -41,7 +41,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {"debug": Debug, "local": Local}
 # Takes the clients-placed parts of a result chunk by chunk: path in the result -> the values of the chunk's clients.
 ResultSink = Callable[[Mapping[str, ClientValues]], None]
 
-# One stage computes at a time, whichever thread or context asks for it, and its clients are done before the next begins.
+# One stage computes at a time, whichever thread or context asks for it, and its clients are done when another begins.
 # A program on several devices meets itself in an all_gather; with two under way, XLA:CPU's threads may take up one for
 # device 0 and the other for device 1, and each waits for the other for ever (JAX 0.10.2 did; JAX 0.12 did not). All
 # engines share the devices, and this lock. Reentrant: a user's function may call a computation while it is traced.
