@@ -75,6 +75,7 @@ for line in sys.stdin:
     request = json.loads(line)
     pid = os.fork()
     if pid == 0:
+        print(os.getpid(), flush=True)  # said by the writer, or its result could come before it
         try:
             write(**request)
             result = ""
@@ -82,7 +83,6 @@ for line in sys.stdin:
             result = str(error)
         print(json.dumps(result), flush=True)
         os._exit(0)
-    print(pid, flush=True)
     os.waitpid(pid, 0)
     print("gone", flush=True)
 """
