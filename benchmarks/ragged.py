@@ -69,7 +69,7 @@ def cohorts(workload: Workload) -> tuple[fed.data.FederatedData, list[tuple[np.n
             batches = sizes(clients, seed)
             lengths = batches * workload.batch
             starts = np.random.default_rng(seed).integers(0, _ROWS - lengths)
-            examples = fed.runtime.Examples(pool.columns, starts, lengths)
+            examples = fed.runtime.Examples(pool.columns, starts, lengths, in_place=True)
             ids = [f"client-{number}" for number in range(clients)]
             cases.append((batches, fed.Cohort.from_examples(ids, examples)))
     return pool, cases

@@ -68,11 +68,7 @@ def federated(workload: Workload | TextWorkload, folder: Path | None) -> fed.dat
         def cohort(self, round, *, clients_per_round=None, seed=0):  # noqa: A002
             if clients_per_round is None:
                 return super().cohort(round)
-            drawn = cohort(workload, round)
-            ids = [self.ids[position] for position in drawn.tolist()]
-            starts, lengths = self.offsets[:-1][drawn], np.diff(self.offsets)[drawn]
-            examples = fed.runtime.Examples(self.columns, starts, lengths)
-            return fed.Cohort.from_examples(ids, examples, checked=True)
+            return self.cohort_of([self.ids[position] for position in cohort(workload, round).tolist()])
 
     if isinstance(workload, TextWorkload):
         x, y, offsets = texts()

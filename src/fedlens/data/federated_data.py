@@ -189,20 +189,39 @@ class FederatedData:
         Raises:
           DataError: `clients_per_round` is not from 1 to `num_clients`, or an argument is no integer.
         """
+        if clients_per_round is None:
+            return self._cohort(self.ids, self.offsets[:-1], np.diff(self.offsets))
+        source = generator("cohort", seed, integer("round", round))
+        drawn = draw(source, clients_per_round, self.num_clients, "clients_per_round")
+        return self._cohort_at(drawn)
+
+    def cohort_of(self, ids: Iterable[str]) -> Cohort:
+        """The clients `ids`, in that order, as the participants of a round; nothing is copied.
+
+        Example:
+          >>> data = FederatedData.from_arrays({"y": [0, 1, 2]}, clients=["bob", "alice", "bob"])
+          >>> data.cohort_of(["alice"])
+          Cohort(1 clients: alice)
+
+        Raises:
+          DataError: there is no such client, one is named twice, or none is.
+        """
+        chosen = check_ids((ids,) if isinstance(ids, str) else tuple(ids))
+        return self._cohort_at(np.array([self._position(client_id) for client_id in chosen]))
+
+    def _cohort_at(self, positions: Int[np.ndarray, " clients"]) -> Cohort:
+        starts = self.offsets[positions]
+        ids = tuple([self.ids[position] for position in positions.tolist()])
+        return self._cohort(ids, starts, self.offsets[positions + 1] - starts)
+
+    def _cohort(
+        self, ids: tuple[str, ...], starts: Int[np.ndarray, " clients"], lengths: Int[np.ndarray, " clients"]
+    ) -> Cohort:
         from fedlens.runtime.cohort import Cohort
         from fedlens.runtime.examples import Examples
 
         aligned = all(map(is_aligned, self.columns.values()))
-        if clients_per_round is None:
-            return Cohort.from_examples(
-                self.ids, Examples(self.columns, self.offsets[:-1], np.diff(self.offsets), aligned), checked=True
-            )
-        source = generator("cohort", seed, integer("round", round))
-        drawn = draw(source, clients_per_round, self.num_clients, "clients_per_round")
-        ids = [self.ids[position] for position in drawn.tolist()]
-        starts = self.offsets[drawn]
-        examples = Examples(self.columns, starts, self.offsets[drawn + 1] - starts, aligned)
-        return Cohort.from_examples(ids, examples, checked=True)
+        return Cohort.from_examples(ids, Examples(self.columns, starts, lengths, aligned), checked=True)
 
     def sample(self, clients: int, seed: int = 0) -> FederatedData:
         """A smaller data set of `clients` clients drawn uniformly, in the order they have here.

@@ -38,12 +38,14 @@ class SequenceLayout:
       rows_per_batch: how many rows make a batch; None when a row is a whole batch already.
       masked: whether the batch type ends in a `mask` field, which the sequence fills in.
       max_rows: at least as many rows as any client of the cohort has.
+      full: whether all clients' batches are known to be full, so that nothing has to be masked.
     """
 
     element_type: fl.Type
     rows_per_batch: int | None
     masked: bool
     max_rows: int
+    full: bool = False
 
 
 @functools.partial(
@@ -167,9 +169,12 @@ class Sequence:
         on_host = self._is_on_host and isinstance(position, int)
         numpy: Any = np if on_host else jnp
         places = numpy.asarray(first if size is None else first + np.arange(size), np.int32)
-        is_example = places < self.num_rows
-        # Rows that fill up the last batch repeat a row of the same client: never another client's data.
-        places = numpy.where(is_example, places, first)
+        if self.layout.full:
+            is_example = numpy.ones(numpy.shape(places), bool)
+        else:
+            is_example = places < self.num_rows
+            # Rows that fill up the last batch repeat a row of the same client: never another client's data.
+            places = numpy.where(is_example, places, first)
         rows = self.start + (places if self.order is None else numpy.asarray(self.order)[places])
         if on_host:
             leaves = [np.take(leaf, rows, axis=0) for leaf in self.leaves]  # copies: users may write into them

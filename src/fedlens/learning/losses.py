@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 Loss = Callable[[Array, Array], Float[Array, " batch"]]  # loss(outputs, targets) -> one loss for each example
@@ -14,8 +15,19 @@ Loss = Callable[[Array, Array], Float[Array, " batch"]]  # loss(outputs, targets
 def cross_entropy(
     logits: Float[Array, "batch *steps classes"], labels: Int[Array, "batch *steps"]
 ) -> Float[Array, " batch"]:
-    """Softmax cross-entropy with integer labels, in nats; over the steps of a sequence the mean."""
-    return _mean_over_steps(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    """Softmax cross-entropy with integer labels, in nats; over the steps of a sequence the mean.
+
+    NaN for a label that is no class, from 0 to classes - 1.
+    """
+    classes = logits.shape[-1]
+    # The largest logit is taken off, so that nothing overflows; its derivative is zero.
+    largest = lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    shifted = logits - jnp.where(jnp.isfinite(largest), largest, 0)
+    # A comparison picks the label's logit: the derivative of an index is a scatter, which a CPU does row by row.
+    is_label = jnp.arange(classes, dtype=labels.dtype) == labels[..., None]
+    picked = jnp.where(is_label, shifted, 0).sum(axis=-1)
+    losses = jnp.log(jnp.exp(shifted).sum(axis=-1)) - picked
+    return _mean_over_steps(jnp.where((labels >= 0) & (labels < classes), losses, jnp.nan))
 
 
 def squared_error(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
@@ -223,8 +224,22 @@ def _merge_devices(stage: ClientStage, shared: dict[str, Any], sums: Any, device
     """The accumulators of all devices, merged in their order: an all-reduce need not give the same bits every time."""
     if devices == 1:
         return sums
-    of_each = lax.all_gather(sums, AXIS)
-    total = jax.tree.map(lambda leaf: leaf[0], of_each)
-    for device in range(1, devices):
-        total = merge_all(stage, total, jax.tree.map(lambda leaf, device=device: leaf[device], of_each), shared)
-    return total
+    first, *others = _gathered(sums, devices)
+    for other in others:
+        first = merge_all(stage, first, other, shared)
+    return first
+
+
+def _gathered(values: Any, devices: int) -> list[Any]:
+    """The values of each device, on all devices: leaves of one dtype travel together, as devices wait for each other
+    once for each array."""
+    leaves, structure = jax.tree.flatten(values)
+    of_devices: list[list[Any]] = [[None] * len(leaves) for _ in range(devices)]
+    for dtype in {leaf.dtype for leaf in leaves}:
+        numbers = [number for number, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        gathered = lax.all_gather(jnp.concatenate([leaves[number].ravel() for number in numbers]), AXIS)
+        ends = np.cumsum([leaves[number].size for number in numbers])[:-1]
+        for device, of_device in enumerate(of_devices):
+            for number, piece in zip(numbers, jnp.split(gathered[device], ends), strict=True):
+                of_device[number] = piece.reshape(leaves[number].shape)
+    return [jax.tree.unflatten(structure, of_device) for of_device in of_devices]

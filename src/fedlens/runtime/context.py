@@ -45,6 +45,7 @@ ResultSink = Callable[[Mapping[str, ClientValues]], None]
 # A program on several devices meets itself in an all_gather; with two under way, XLA:CPU's threads may take up one for
 # device 0 and the other for device 1, and each waits for the other for ever (JAX 0.10.2 did; JAX 0.12 did not). All
 # engines share the devices, and this lock. Reentrant: a user's function may call a computation while it is traced.
+_UNKNOWN = object()
 _computing = threading.RLock()
 
 
@@ -148,6 +149,7 @@ class _Run:
             self._bind(argument)
         stages = self._plan.stages
         started: dict[str, Any] | None = None  # what a server stage gives that is under way already
+        value: Any = _UNKNOWN
         for number, stage in enumerate(stages):
             with _computing:
                 if cancelled is not None and cancelled.is_set():
@@ -163,10 +165,14 @@ class _Run:
                             following = next(iter(stages[number + 1 :]), None)
                             if isinstance(following, ServerStage) and not (segments(following) or stage_log.is_on()):
                                 started = self._engine.run_server(following, self._server)
+                                if following is stages[-1]:
+                                    self._server |= started
+                                    value = self._result(self._plan.result, self._result_type)
                             confirm()
                         jax.block_until_ready(self._server)
                     stage_log.wait(self._server)
-        value = self._result(self._plan.result, self._result_type)
+        if value is _UNKNOWN:
+            value = self._result(self._plan.result, self._result_type)
         return Outcome(value, tuple(self._ids[position] for position in sorted(self._dropped)))
 
     def _bind(self, argument: Any) -> None:
