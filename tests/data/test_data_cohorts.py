@@ -34,7 +34,30 @@ def test_a_cohort_is_a_draw_without_replacement_of_clients_and_their_rows(data, 
         np.testing.assert_array_equal(examples.columns["y"][start : start + length], data.client(client_id)["y"])
 
 
+def test_a_cohort_of_clients_that_are_named(data):
+    cohort = data.cohort_of(["c7", "c0", "c3"])
+    assert cohort.ids == ("c7", "c0", "c3")
+    np.testing.assert_array_equal(cohort.examples.lengths, [7, 0, 3])
+    start = cohort.examples.starts[2]
+    np.testing.assert_array_equal(cohort.examples.columns["y"][start : start + 3], data.client("c3")["y"])
+    assert data.cohort_of("c1").ids == ("c1",)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["c1", "x"], "Expected one of the 20 clients .*, found 'x'"),
+        (["c1", "c1"], "Expected each client id once, found 'c1' twice"),
+        ([], "Expected the ids of at least one client"),
+    ],
+)
+def test_a_cohort_of_clients_that_are_not_there(data, ids, message):
+    with pytest.raises(DataError, match=message):
+        data.cohort_of(ids)
+
+
 def test_nothing_is_copied(data):
+    assert data.cohort_of(["c3"]).examples.columns["y"] is data.columns["y"]
     assert data.cohort(0, clients_per_round=3).examples.columns["y"] is data.columns["y"]
 
 

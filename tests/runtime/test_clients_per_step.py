@@ -39,7 +39,9 @@ def ragged(sizes, seed=0):
 
 @pytest.mark.parametrize("group", [1, 3, 16])
 @pytest.mark.parametrize(
-    "sizes", [[5] * 37, list(range(1, 34)), [0, 7, 0, 1], [3]], ids=["alike", "ragged", "empty", "one"]
+    "sizes",
+    [[5] * 37, [8] * 37, [24] * 37, [0] * 3, list(range(1, 34)), [0, 7, 0, 1], [3]],
+    ids=["alike", "two full batches", "six full batches", "none has any", "ragged", "empty", "one"],
 )
 def test_every_client_counts_once_and_gets_its_own_result(contexts, group, sizes):
     cohort, rows = ragged(sizes)

@@ -26,6 +26,7 @@ from fedlens.language.types import from_positional, is_wide
 
 State = TypeVar("State")
 
+_UNROLLED = 4  # batches, at most: XLA then fuses what one leaves with what the next begins
 MASK = "mask"  # the field of a batch that says which of its rows are examples and which only fill it up
 
 
@@ -38,14 +39,14 @@ class SequenceLayout:
       rows_per_batch: how many rows make a batch; None when a row is a whole batch already.
       masked: whether the batch type ends in a `mask` field, which the sequence fills in.
       max_rows: at least as many rows as any client of the cohort has.
-      full: whether all clients' batches are known to be full, so that nothing has to be masked.
+      num_batches: how many batches every client has, all of them full; None if that differs, or is not to be relied on.
     """
 
     element_type: fl.Type
     rows_per_batch: int | None
     masked: bool
     max_rows: int
-    full: bool = False
+    num_batches: int | None = None
 
 
 @functools.partial(
@@ -84,6 +85,8 @@ class Sequence:
     @property
     def num_batches(self) -> Int[Array, ""] | int:
         """How many batches there are; the last one may be filled up, see `mask`."""
+        if self.layout.num_batches is not None:
+            return self.layout.num_batches
         size = self.layout.rows_per_batch or 1
         return (self.num_rows + size - 1) // size
 
@@ -115,6 +118,13 @@ class Sequence:
             for position in range(int(self.num_batches)):
                 state = checked(state, self.batch(position))
             return state
+
+        if self.layout.num_batches is not None and self.layout.num_batches <= _UNROLLED:
+            return functools.reduce(
+                lambda state, position: checked(state, self.batch(jnp.int32(position))),
+                range(self.layout.num_batches),
+                zero,
+            )
 
         def body(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
             position, state = carry
@@ -169,7 +179,7 @@ class Sequence:
         on_host = self._is_on_host and isinstance(position, int)
         numpy: Any = np if on_host else jnp
         places = numpy.asarray(first if size is None else first + np.arange(size), np.int32)
-        if self.layout.full:
+        if self.layout.num_batches is not None:
             is_example = numpy.ones(numpy.shape(places), bool)
         else:
             is_example = places < self.num_rows

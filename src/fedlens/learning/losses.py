@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from fedlens.errors import StructureError
 
 Loss = Callable[[Array, Array], Float[Array, " batch"]]  # loss(outputs, targets) -> one loss for each example
 
@@ -17,14 +20,19 @@ def cross_entropy(
 ) -> Float[Array, " batch"]:
     """Softmax cross-entropy with integer labels, in nats; over the steps of a sequence the mean.
 
-    NaN for a label that is no class, from 0 to classes - 1.
+    The loss of a label that is no class, from 0 to classes - 1, is NaN.
+
+    Raises:
+      StructureError: the labels are no integers.
     """
-    classes = logits.shape[-1]
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise StructureError(f"Expected integer labels, found {labels.dtype}. Use labels.astype(np.int32).")
+    classes = np.int32(logits.shape[-1])
     # The largest logit is taken off, so that nothing overflows; its derivative is zero.
     largest = lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     shifted = logits - jnp.where(jnp.isfinite(largest), largest, 0)
     # A comparison picks the label's logit: the derivative of an index is a scatter, which a CPU does row by row.
-    is_label = jnp.arange(classes, dtype=labels.dtype) == labels[..., None]
+    is_label = np.arange(classes, dtype=np.int32) == labels[..., None]
     picked = jnp.where(is_label, shifted, 0).sum(axis=-1)
     losses = jnp.log(jnp.exp(shifted).sum(axis=-1)) - picked
     return _mean_over_steps(jnp.where((labels >= 0) & (labels < classes), losses, jnp.nan))

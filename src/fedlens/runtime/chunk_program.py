@@ -232,7 +232,8 @@ def _merge_devices(stage: ClientStage, shared: dict[str, Any], sums: Any, device
 
 def _gathered(values: Any, devices: int) -> list[Any]:
     """The values of each device, on all devices: leaves of one dtype travel together, as devices wait for each other
-    once for each array."""
+    once for each array.
+    """
     leaves, structure = jax.tree.flatten(values)
     of_devices: list[list[Any]] = [[None] * len(leaves) for _ in range(devices)]
     for dtype in {leaf.dtype for leaf in leaves}:

@@ -54,7 +54,7 @@ class Column(Protocol):
         """The positional value of one client, in host memory."""
 
     def pack(
-        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False, grouped: bool = False
     ) -> tuple[list[list[np.ndarray]], Layout]:
         """For each device the arrays that hold its clients, of the same shapes on all devices; and how to read them.
 
@@ -62,6 +62,8 @@ class Column(Protocol):
           shares: the clients of each device.
           capacity: how many clients a device's arrays have room for.
           in_place: whether the devices read host memory: rows that may stay where they are are then not copied.
+          grouped: whether a device computes several clients side by side. A program for clients who hold equally much
+            is then worth compiling.
         """
 
 
@@ -86,7 +88,7 @@ class TensorColumn:
         return nest(self.type, [leaf[position] for leaf in self.leaves])
 
     def pack(
-        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False, grouped: bool = False
     ) -> tuple[list[list[np.ndarray]], Layout]:
         """Each device's leaves are [capacity, *leaf]."""
         arrays = [[_rows(leaf, share, capacity) for leaf in self.leaves] for share in shares]
@@ -140,7 +142,7 @@ class SequenceColumn:
         return ClientSequence(rows, 0, length, None, self._layout(length))
 
     def pack(
-        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False, grouped: bool = False
     ) -> tuple[list[list[np.ndarray]], Layout]:
         """Each device's arrays are its rows [row capacity, *leaf], then starts and lengths [capacity].
 
@@ -163,12 +165,14 @@ class SequenceColumn:
             for of_share, start, length in zip(rows, starts, lengths, strict=True)
         ]
         # Only then does a loop over several clients side by side need no mask: 10 % of logistic regression's time.
-        alike = bool(np.ptp(np.concatenate(lengths)) == 0)
-        full = alike and int(lengths[0][0]) % (self.rows_per_batch or 1) == 0
-        return arrays, Layout(len(self.leaves) + 2, _SequenceReader(self._layout(longest, full), alike))
+        of_all = np.concatenate(lengths)
+        alike = bool(np.ptp(of_all) == 0)
+        batches, rest = divmod(int(of_all[0]), self.rows_per_batch or 1)
+        layout = self._layout(longest, batches if grouped and alike and not rest else None)
+        return arrays, Layout(len(self.leaves) + 2, _SequenceReader(layout, alike))
 
-    def _layout(self, max_rows: int, full: bool = False) -> SequenceLayout:
-        return SequenceLayout(self.element_type, self.rows_per_batch, self.masked, max(max_rows, 1), full)
+    def _layout(self, max_rows: int, num_batches: int | None = None) -> SequenceLayout:
+        return SequenceLayout(self.element_type, self.rows_per_batch, self.masked, max(max_rows, 1), num_batches)
 
 
 @dataclass(frozen=True)
@@ -201,10 +205,10 @@ class StructColumn:
         return tuple(field.value(position) for field in self.fields)
 
     def pack(
-        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False, grouped: bool = False
     ) -> tuple[list[list[np.ndarray]], Layout]:
         """The fields' arrays one after the other."""
-        packed = [field.pack(shares, capacity, in_place=in_place) for field in self.fields]
+        packed = [field.pack(shares, capacity, in_place=in_place, grouped=grouped) for field in self.fields]
         arrays = [[array for of_field, _ in packed for array in of_field[device]] for device in range(len(shares))]
         layouts = tuple(layout for _, layout in packed)
         return arrays, Layout(sum(layout.num_leaves for layout in layouts), _StructReader(layouts))

@@ -32,8 +32,8 @@ from fedlens.runtime.engine import Engine, OnNonFinite, StageCohort
 from fedlens.runtime.interpreter import eager, evaluate
 from fedlens.runtime.local import Local
 from fedlens.runtime.plans import plan_of
-from fedlens.runtime.replicas import on_one_device
-from fedlens.runtime.sequences import client_values, elements
+from fedlens.runtime.results import client_results, handed_out
+from fedlens.runtime.sequences import client_values
 from fedlens.runtime.values import ClientValues, Part
 
 ENGINES: dict[str, Callable[[], Engine]] = {"debug": Debug, "local": Local}
@@ -45,7 +45,6 @@ ResultSink = Callable[[Mapping[str, ClientValues]], None]
 # A program on several devices meets itself in an all_gather; with two under way, XLA:CPU's threads may take up one for
 # device 0 and the other for device 1, and each waits for the other for ever (JAX 0.10.2 did; JAX 0.12 did not). All
 # engines share the devices, and this lock. Reentrant: a user's function may call a computation while it is traced.
-_UNKNOWN = object()
 _computing = threading.RLock()
 
 
@@ -149,7 +148,7 @@ class _Run:
             self._bind(argument)
         stages = self._plan.stages
         started: dict[str, Any] | None = None  # what a server stage gives that is under way already
-        value: Any = _UNKNOWN
+        outcome: Outcome | None = None
         for number, stage in enumerate(stages):
             with _computing:
                 if cancelled is not None and cancelled.is_set():
@@ -167,12 +166,15 @@ class _Run:
                                 started = self._engine.run_server(following, self._server)
                                 if following is stages[-1]:
                                     self._server |= started
-                                    value = self._result(self._plan.result, self._result_type)
+                                    outcome = self._outcome()
                             confirm()
                         jax.block_until_ready(self._server)
                     stage_log.wait(self._server)
-        if value is _UNKNOWN:
-            value = self._result(self._plan.result, self._result_type)
+        return self._outcome() if outcome is None else outcome
+
+    def _outcome(self) -> Outcome:
+        """The result in its containers; its arrays may be under way still."""
+        value = self._result(self._plan.result, self._result_type)
         return Outcome(value, tuple(self._ids[position] for position in sorted(self._dropped)))
 
     def _bind(self, argument: Any) -> None:
@@ -201,7 +203,7 @@ class _Run:
         streamed = self._sink is not None and not needed_later.intersection(stage.outputs)
         types = dict(zip(stage.outputs, stage.output_types, strict=True))
         handed_out = [
-            result for result in _client_results(self._plan.result, self._result_type) if result[1] in stage.outputs
+            result for result in client_results(self._plan.result, self._result_type) if result[1] in stage.outputs
         ]
         done = 0
 
@@ -246,7 +248,7 @@ class _Run:
             name = block.name
             if self._plan.placements[name] == "clients":
                 return self._client_values(name, type_.member)
-            return _handed_out(self._server[name], type_.member)
+            return handed_out(self._server[name], type_.member)
         if isinstance(type_, fl.StructType) and isinstance(block, framework.Struct):
             fields = zip(type_.items(), block.items(), strict=True)
             return trees.build(
@@ -254,7 +256,7 @@ class _Run:
             )
         if isinstance(type_, fl.FunctionType):
             raise UnsupportedError(f"Expected a result that is a value, found a function of type {type_}.")
-        return _handed_out(evaluate(block, self._server, eager), type_)
+        return handed_out(evaluate(block, self._server, eager), type_)
 
     def _client_values(self, name: str, member: fl.Type) -> ClientValues | None:
         if name in self._outputs:
@@ -268,16 +270,6 @@ class _Run:
                 f"Expected a result made of tensors of known shape, found {member}: clients' data is not handed back."
             )
         return ClientValues(self._ids, member, [Part(np.arange(len(self._ids)), column.leaves)])
-
-
-def _client_results(block: Any, type_: fl.Type, path: str = "") -> Iterator[tuple[str, str, fl.Type]]:
-    """The clients-placed parts of a result: path, name of the step, member type."""
-    if isinstance(type_, fl.FederatedType):
-        if type_.placement is fl.CLIENTS and not type_.all_equal:
-            yield path, block.name, type_.member
-    elif isinstance(type_, fl.StructType) and isinstance(block, framework.Struct):
-        for position, ((name, field), (_, child)) in enumerate(zip(type_.items(), block.items(), strict=True)):
-            yield from _client_results(child, field, f"{path}/{position if name is None else name}".lstrip("/"))
 
 
 def _part(argument: Any, type_: fl.Type, each: Input) -> Any:
@@ -295,25 +287,6 @@ def is_asynchronous(argument: Any) -> bool:
     if fields is not None:
         return any(is_asynchronous(child) for _, child in fields)
     return isinstance(argument, Awaitable | fl.program.MaterializableValueReference)
-
-
-def _handed_out(value: Any, type_: fl.Type) -> Any:
-    """A positional value in the containers of its type, a sequence as a list of its elements.
-
-    Arrays are ordinary ones: on one device, and in NumPy where JAX outside of 64-bit mode would narrow them.
-    """
-    if isinstance(type_, fl.SequenceType):
-        return [_handed_out(element, type_.element) for element in elements(value, type_.element)]
-    if isinstance(type_, fl.StructType):
-        fields = zip(type_.items(), value, strict=True)
-        return trees.build(
-            type_.python_container, [(name, _handed_out(child, field)) for (name, field), child in fields]
-        )
-    if not isinstance(value, jax.Array):
-        return value
-    if value.dtype.itemsize > (8 if value.dtype.kind == "c" else 4):
-        return np.asarray(value)
-    return on_one_device(value) if len(value.sharding.device_set) > 1 else value
 
 
 _lock = threading.Lock()

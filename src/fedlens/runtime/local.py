@@ -144,7 +144,7 @@ class Local:
                     shares = self._deal(stage, cohort, chunk, group)
                     # A short last chunk takes the capacity of the others, and compiles nothing.
                     capacity = max(-(-bucket(max(len(share) for share in shares)) // group) * group, capacity)
-                    packed, counts, layouts = self._pack(stage, cohort, shares, capacity)
+                    packed, counts, layouts = self._pack(stage, cohort, shares, capacity, group)
                 compute = partial(run_chunk, capacity, group, layouts, held, packed, counts)
                 partial_sums, rows, seen = compute(_WATCH[on_nonfinite])
                 total = partial_sums if total is None else finish.merge(total, partial_sums, read_after)
@@ -221,13 +221,14 @@ class Local:
         return [chunk[of_device == device] for device in range(count)]
 
     def _pack(
-        self, stage: ClientStage, cohort: StageCohort, shares: list[Share], capacity: int
+        self, stage: ClientStage, cohort: StageCohort, shares: list[Share], capacity: int, group: int
     ) -> tuple[list[list[jax.Array]], jax.Array, tuple[Layout, ...]]:
         """For each column its arrays, spread over the devices; how many clients each device has; the layouts."""
         leaves: list[Sequence[np.ndarray]] = [[np.array([len(share)], np.int32) for share in shares]]
         layouts = []
         for name in stage.columns:
-            by_device, layout = cohort.columns[name].pack(shares, capacity, in_place=self._in_place)
+            column = cohort.columns[name]
+            by_device, layout = column.pack(shares, capacity, in_place=self._in_place, grouped=group > 1)
             leaves += zip(*by_device, strict=True)
             layouts.append(layout)
         counts, *placed = self._place(leaves)

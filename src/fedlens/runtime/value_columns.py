@@ -37,7 +37,7 @@ class ValuesColumn:
         return self.values[position]
 
     def pack(
-        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False, grouped: bool = False
     ) -> tuple[list[list[np.ndarray]], Layout]:
         """Refused: one program has one shape for all clients.
 
@@ -67,10 +67,11 @@ class SelectedColumn:
         return self.column.value(int(self.positions[position]))
 
     def pack(
-        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False, grouped: bool = False
     ) -> tuple[list[list[np.ndarray]], Layout]:
         """As the other column packs them."""
-        return self.column.pack([self.positions[share] for share in shares], capacity, in_place=in_place)
+        positions = [self.positions[share] for share in shares]
+        return self.column.pack(positions, capacity, in_place=in_place, grouped=grouped)
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,13 @@ class ComputedColumn:
         return self.compute(np.array([position]))[self.name].value(0)
 
     def pack(
-        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False
+        self, shares: Sequence[Share], capacity: int, *, in_place: bool = False, grouped: bool = False
     ) -> tuple[list[list[np.ndarray]], Layout]:
         """Computes the values of all these clients, and packs them."""
         positions = np.sort(np.concatenate(shares))
         column = self.compute(positions)[self.name]
-        return column.pack([np.searchsorted(positions, share) for share in shares], capacity, in_place=in_place)
+        places = [np.searchsorted(positions, share) for share in shares]
+        return column.pack(places, capacity, in_place=in_place, grouped=grouped)
 
 
 def column_of_positional(values: Sequence[Any], type_: fl.Type) -> Column:
