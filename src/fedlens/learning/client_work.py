@@ -64,6 +64,9 @@ def local_training(model: Model, optimizer: optax.GradientTransformation, *, epo
                 return model.measure(outputs, batch[TARGET], batch["mask"])
 
             gradient, of_batch = jax.grad(objective, has_aux=True)(weights)
+            # All of the gradient before any update: XLA then writes new weights over old ones, which it copies in every
+            # step where it cannot tell whether they will be read again (4 % of W2).
+            gradient = lax.optimization_barrier(gradient)
             updates, optimizer_state = optimizer.update(gradient, optimizer_state, weights)
             weights = optax.apply_updates(weights, updates)
             return weights, optimizer_state, jax.tree.map(jnp.add, sums, of_batch), number + 1
