@@ -23,6 +23,7 @@ from jaxtyping import Array, Int
 
 from fedlens.compiler import ClientStage
 from fedlens.compiler.functions import describe_tracing
+from fedlens.compiler.operations import SECURE_SUMS
 from fedlens.language.tracebacks import noting
 from fedlens.language.types import tensor_types
 from fedlens.runtime import checks, reductions
@@ -52,6 +53,7 @@ def run_chunk(
     packed: list[list[jax.Array]],
     counts: Int[Array, " devices"],
     watch: Watch,
+    alone: bool,
 ) -> tuple[Any, dict[str, list[jax.Array]], _Seen]:
     """The program of a client stage over one chunk.
 
@@ -65,10 +67,11 @@ def run_chunk(
       packed: for each column its arrays, spread over the devices.
       counts: how many clients each device has.
       watch: what to look for infinities in.
+      alone: whether there is no other chunk, so that the accumulators can be turned into results at once.
 
     Returns:
-      The accumulators; the outputs, [devices * capacity, *leaf]; what was seen: of each client, [devices * capacity,
-      ...], and whether all passed, [devices].
+      The accumulators, or if `alone` what `results` makes of them; the outputs, [devices * capacity, *leaf]; what was
+      seen: of each client, [devices * capacity, ...], and whether all passed, [devices].
     """
 
     def share(shared: dict[str, Any], packed: list[list[jax.Array]], counts: jax.Array) -> Any:
@@ -93,10 +96,15 @@ def run_chunk(
         return total, rows, seen | {name: seen[name][None] for name in ("passed",) if name in seen}
 
     spread, everywhere = PartitionSpec(AXIS), PartitionSpec()
-    share = noting(describe_tracing(f"client stage {stage.index}", *stage.reductions), unless_noted=True)(share)
-    return jax.shard_map(
-        share, mesh=mesh, in_specs=(everywhere, spread, spread), out_specs=(everywhere, spread, spread), check_vma=False
+    noted = noting(describe_tracing(f"client stage {stage.index}", *stage.reductions), unless_noted=True)
+    total, rows, seen = jax.shard_map(
+        noted(share),
+        mesh=mesh,
+        in_specs=(everywhere, spread, spread),
+        out_specs=(everywhere, spread, spread),
+        check_vma=False,
     )(shared, packed, counts)
+    return noted(partial(results, stage))(total, shared) if alone else total, rows, seen
 
 
 def _client(
@@ -218,6 +226,15 @@ def merge_all(stage: ClientStage, first: Any, second: Any, shared: dict[str, Any
         step.name: reductions.merge(step, first[step.name], second[step.name], shared, inline)
         for step in stage.reductions
     }
+
+
+def results(stage: ClientStage, total: Any, shared: dict[str, Any]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The results of all reductions of a stage, and of each secure sum what fits its dtype."""
+    secure = [step for step in stage.reductions if step.operation in SECURE_SUMS]
+    return (
+        {step.name: reductions.finish(step, total[step.name], shared, inline) for step in stage.reductions},
+        {step.name: reductions.fits(step, total[step.name]) for step in secure},
+    )
 
 
 def _merge_devices(stage: ClientStage, shared: dict[str, Any], sums: Any, devices: int) -> Any:

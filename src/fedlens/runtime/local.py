@@ -21,7 +21,6 @@ from jaxtyping import Int
 
 from fedlens.compiler import ClientStage, ServerStage, segments
 from fedlens.compiler.functions import describe_tracing
-from fedlens.compiler.operations import SECURE_SUMS
 from fedlens.errors import ConfigError
 from fedlens.language.tracebacks import noting
 from fedlens.language.types import contains_sequence, num_bytes
@@ -116,16 +115,16 @@ class Local:
         outputs: dict[str, list[Part]] = {name: [] for name in stage.outputs}
         dropped: list[np.ndarray] = []
         total: Any = None
-        computing: tuple[list[Share], Any, Callable[[Watch], Any]] | None = None
+        computing: tuple[list[Share], Any, Callable[[Watch, bool], Any]] | None = None
 
-        def take(shares: list[Share], results: Any, compute: Callable[[Watch], Any]) -> None:
+        def take(shares: list[Share], results: Any, compute: Callable[[Watch, bool], Any]) -> None:
             """Hands out what a chunk computed; called when the next one is under way."""
             rows, seen, sums = results
             jax.block_until_ready(sums)  # no more than two chunks under way: JAX 0.10 deadlocked on many
             if on_nonfinite == "drop":
                 dropped.append(_check_chunk(stage, cohort.ids, shares, seen, on_nonfinite))
             if "passed" in seen and not to_host(seen["passed"]).all():
-                *_, of_clients = compute("clients")  # once more, to see whose it was
+                *_, of_clients = compute("clients", alone)  # once more, to see whose it was
                 _check_chunk(stage, cohort.ids, shares, of_clients, on_nonfinite)
             parts = {name: self._parts(shares, rows[name]) for name in stage.outputs}
             if sink is not None:
@@ -139,19 +138,22 @@ class Local:
                 held = on_all_devices(without_python_lengths(dict(shared)), self._everywhere)
                 read_after = {name: held[name] for name in reductions.names_read(stage.reductions, stage.shared)}
             capacity = 0
-            for chunk in cohort.chunks(stage):
+            chunks = cohort.chunks(stage)
+            alone = len(chunks) == 1
+            for chunk in chunks:
                 with stage_log.phase("packing"):
                     shares = self._deal(stage, cohort, chunk, group)
                     # A short last chunk takes the capacity of the others, and compiles nothing.
                     capacity = max(-(-bucket(max(len(share) for share in shares)) // group) * group, capacity)
                     packed, counts, layouts = self._pack(stage, cohort, shares, capacity, group)
                 compute = partial(run_chunk, capacity, group, layouts, held, packed, counts)
-                partial_sums, rows, seen = compute(_WATCH[on_nonfinite])
-                total = partial_sums if total is None else finish.merge(total, partial_sums, read_after)
+                sums, rows, seen = compute(_WATCH[on_nonfinite], alone)
+                total = sums if total is None else finish.merge(total, sums, read_after)
                 if computing is not None:
                     take(*computing)
-                computing = shares, (rows, seen, partial_sums), compute
-            results, fits = finish.finish(total, read_after)  # under way while the last chunk is awaited
+                computing = shares, (rows, seen, sums), compute
+            # Under way while the last chunk is awaited.
+            results, fits = total if alone else finish.finish(total, read_after)
 
         def confirm() -> None:
             with jax.enable_x64(True), lowered_for_cpu():
@@ -187,7 +189,7 @@ class Local:
         programs = self._programs.get(stage)
         if programs is None:
             own = replace(stage)  # as in run_server
-            run_chunk = jax.jit(partial(chunk_program.run_chunk, own, self._mesh), static_argnums=(0, 1, 2, 6))
+            run_chunk = jax.jit(partial(chunk_program.run_chunk, own, self._mesh), static_argnums=(0, 1, 2, 6, 7))
             programs = self._programs[stage] = run_chunk, _Finish(own)
         return programs
 
@@ -265,16 +267,7 @@ class _Finish:
     def __init__(self, stage: ClientStage):
         noted = noting(describe_tracing(f"client stage {stage.index}", *stage.reductions), unless_noted=True)
         self.merge = jax.jit(noted(partial(chunk_program.merge_all, stage)))
-        self.finish = jax.jit(noted(partial(_results, stage)))
-
-
-def _results(stage: ClientStage, total: Any, shared: dict[str, Any]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The results of all reductions of a stage, and of each secure sum what fits its dtype."""
-    secure = [step for step in stage.reductions if step.operation in SECURE_SUMS]
-    return (
-        {step.name: reductions.finish(step, total[step.name], shared, inline) for step in stage.reductions},
-        {step.name: reductions.fits(step, total[step.name]) for step in secure},
-    )
+        self.finish = jax.jit(noted(partial(chunk_program.results, stage)))
 
 
 def _check_chunk(
