@@ -1,6 +1,6 @@
-"""The targets that compare fedlens with itself: devices, first rounds, checks, ragged cohorts, a million clients.
+"""The targets that compare fedlens with itself: devices, first rounds, checks, taps, ragged cohorts, a million clients.
 
-    python benchmarks/claims.py [--only devices,first,cache,nonfinite,ragged,million] [--repeats 3]
+    python benchmarks/claims.py [--only devices,first,cache,nonfinite,tap,ragged,million] [--repeats 3]
 
 Each claim runs a script in processes of their own, the two sides of a ratio in turn, and takes medians over them.
 `million` writes a data set of 5 GB to `.bench/` and removes it.
@@ -97,6 +97,14 @@ def nonfinite(repeats: int) -> list[Claim]:
     return claims
 
 
+def tap(repeats: int) -> list[Claim]:
+    claims = []
+    for what, more in (("all local models", ()), ("one bias", ("--leaf", "Dense_0/bias"))):
+        ratio = statistics.median(run(*more, script="tapping.py")["ratio"] for _ in range(repeats))
+        claims.append(Claim(f"W2, time with {what} tapped over that without", ratio, 1.10))
+    return claims
+
+
 def ragged(repeats: int) -> list[Claim]:
     found = run("--repeats", str(2 + repeats), script="ragged.py")
     return [Claim("ragged cohorts, largest distance from proportional", found["worst_deviation"], found["limit"])]
@@ -121,7 +129,7 @@ def million(repeats: int) -> list[Claim]:
 
 
 CLAIMS: dict[str, Callable[[int], list[Claim]]] = {
-    claim.__name__: claim for claim in (devices, first, cache, nonfinite, ragged, million)
+    claim.__name__: claim for claim in (devices, first, cache, nonfinite, tap, ragged, million)
 }
 
 

@@ -62,8 +62,9 @@ class LedgerStates(fed.program.ProgramStateManager):
     `keep` is the sink of the program's context: it holds the round that was computed until its state is saved.
     """
 
-    def __init__(self, writer: LedgerWriter):
+    def __init__(self, writer: LedgerWriter, process: fed.learning.LearningProcess):
         self._writer = writer
+        self._process = process
         self._computed: dict[int, fed.ProgramCall] = {}
 
     def keep(self, call: fed.ProgramCall) -> None:
@@ -85,15 +86,18 @@ class LedgerStates(fed.program.ProgramStateManager):
             raise fed.program.ProgramStateExistsError(version=version, path=str(self._writer.path))
         values = await fed.program.materialize_value(program_state)
         checkpoint = {name: _as_array(value) for name, value in trees.items(values)}
-        record = round_record(self._computed.pop(version - 1), checkpoint)
+        record = round_record(self._process, self._computed.pop(version - 1), checkpoint)
         await asyncio.to_thread(self._writer.record, record)  # waits while two earlier rounds are not on disk yet
 
 
-def round_record(call: fed.ProgramCall, checkpoint: dict[str, np.ndarray]) -> RoundRecord:
+def round_record(
+    process: fed.learning.LearningProcess, call: fed.ProgramCall, checkpoint: dict[str, np.ndarray]
+) -> RoundRecord:
     """A call of `next_computation` as the ledger takes it."""
     before, _, _ = call.arguments
-    _, metrics, local_models = call.result
-    stacked = local_models.stacked
+    (_, metrics), tapped = call.result
+    local_models = process.capture.local_models(tapped, before["weights"])
+    stacked = local_models.values.stacked
     part = ClientPart(
         ids=local_models.ids,
         positions=np.arange(len(local_models)),
@@ -149,13 +153,13 @@ def run(
     def train(state: Any, number: int, cohort: fed.Cohort) -> tuple[Any, Any]:
         keys = client_keys(key, number, cohort.ids)
         # In place of the local models the program gets None: they go to the context's sink.
-        state, measured, _ = process.next_computation(
+        (state, measured), _ = process.next_computation(
             state, fed.Cohort(dict(zip(cohort.ids, keys, strict=True))), cohort
         )
         return state, measured
 
     with open_or_create(path, process, rounds, seed) as writer:
-        states = LedgerStates(writer)
+        states = LedgerStates(writer, process)
         program = train_federated(
             lambda: process.initialize_computation(key),
             train,

@@ -41,6 +41,14 @@ def two_devices():
 
 
 @pytest.fixture(scope="session")
+def tf():
+    """TensorFlow, for tests marked `tensorflow`; its test modules are collected without it."""
+    from fedlens.language.tensorflow_library import tensorflow
+
+    return tensorflow()
+
+
+@pytest.fixture(scope="session")
 def compilations():
     """`with compilations() as found:` lists the seconds of everything that XLA compiles inside."""
     import jax

@@ -13,7 +13,7 @@ SOURCE = Path(fedlens.__file__).parent
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
 PIECES = {"errors", "trees", "memory"}  # small shared pieces, open to all
-ROOMS = ["language", "compiler", "runtime", "data", "learning", "ledger", "report", "study", "cli"]
+ROOMS = ["language", "compiler", "privacy", "runtime", "data", "learning", "ledger", "report", "study", "compat", "cli"]
 # A ledger is a format that stands alone: what computes may change without it, and it is read without JAX.
 MAY_IMPORT = {room: set(ROOMS[:place]) | PIECES for place, room in enumerate(ROOMS)} | {
     "ledger": PIECES,

@@ -36,6 +36,10 @@ class LanguageError(FedlensError, TypeError):
     """A local computation does something that its place in a federated computation does not allow."""
 
 
+class DisclosureError(FedlensError, ValueError):
+    """A result would tell more about a client than it may."""
+
+
 class LedgerError(FedlensError, OSError):
     """A ledger cannot be written or read."""
 

@@ -20,7 +20,7 @@ from fedlens import trees
 from fedlens.data import FederatedData
 from fedlens.errors import ConfigError, LedgerError
 from fedlens.language.types import leaf_paths
-from fedlens.learning import LearningProcess, LocalModels, ServerState, build_fed_eval
+from fedlens.learning import LearningProcess, LocalModels, build_fed_eval
 from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord
 from fedlens.report.progress import ProgressDisplay, RoundReport
 from fedlens.runtime import stage_log
@@ -38,7 +38,7 @@ class Run:
       ledger: what was captured; None without a ledger.
     """
 
-    state: ServerState
+    state: Any
     history: list[dict[str, float]]
     ledger: Ledger | None
 
@@ -93,9 +93,11 @@ def run(
     if ledger is None:
         return _Study(process, data, plan, test, None, progress, on_round).go(state, [])
     kept = {_STUDY: plan.as_config(), **(config or {})}
-    weights = trees.map(np.asarray, state.weights)
-    with LedgerWriter.create(ledger, weights=weights, config=kept, rounds=rounds) as writer:
-        finished = _Study(process, data, plan, test, writer, progress, on_round).go(state, [])
+    weights = trees.map(np.asarray, process.get_model_weights(state))
+    capturing = process.with_local_models()
+    policy = None if capturing.capture is None else capturing.capture.policy
+    with LedgerWriter.create(ledger, weights=weights, config=kept, rounds=rounds, policy=policy) as writer:
+        finished = _Study(capturing, data, plan, test, writer, progress, on_round).go(state, [])
     return Run(finished.state, finished.history, Ledger(ledger))
 
 
@@ -186,30 +188,34 @@ class _Study:
         progress: bool,
         on_round: Callable[[RoundReport], None] | None,
     ):
+        if test is not None and process.model is None:
+            raise ConfigError(
+                "Expected a process that knows its model, to evaluate it on the test data, found none. "
+                "Give fed.learning.from_computations the model, or leave out test."
+            )
         self._process = process.with_local_models() if writer is not None else process
         self._data = data
         self._plan = plan
-        self._evaluate = None if test is None else build_fed_eval(process.model)
+        self._evaluate = None if test is None or process.model is None else build_fed_eval(process.model)
         self._test = None if test is None else test.cohort(0)
         self._writer = writer
         self._progress = progress
         self._on_round = on_round
 
-    def go(self, state: ServerState, history: list[dict[str, float]]) -> Run:
+    def go(self, state: Any, history: list[dict[str, float]]) -> Run:
         """Runs the rounds that `history` does not have yet."""
         with ProgressDisplay(self._plan.rounds, len(history), enabled=self._progress) as display:
             for number in range(len(history), self._plan.rounds):
                 started = time.perf_counter()
                 cohort = self._data.cohort(number, clients_per_round=self._plan.clients_per_round, seed=self._plan.seed)
-                before = state
                 state, metrics, *local = self._process.next(state, cohort)
                 if self._evaluate is not None and self._test is not None:
-                    measured = self._evaluate(state.weights, self._test).metrics
+                    measured = self._evaluate(self._process.get_model_weights(state), self._test).metrics
                     metrics |= {f"test_{name}": value for name, value in measured.items() if name != "num_examples"}
                 if self._writer is not None:
                     facts = {"round": number, "clients": len(cohort)}
                     with stage_log.timed("ledger", facts.copy), stage_log.phase("writing"):
-                        self._writer.record(_record(number, before, state, metrics, local[0]))
+                        self._writer.record(_record(number, state, metrics, local[0]))
                 history.append(metrics)
                 report = RoundReport(number, self._plan.rounds, len(cohort), time.perf_counter() - started, metrics)
                 display.round_done(report)
@@ -218,9 +224,7 @@ class _Study:
         return Run(state, history, None)
 
 
-def _record(
-    number: int, before: ServerState, after: ServerState, metrics: dict[str, float], local_models: LocalModels
-) -> RoundRecord:
+def _record(number: int, after: Any, metrics: dict[str, float], local_models: LocalModels) -> RoundRecord:
     """A round as the ledger takes it: the arrays as they were computed, without a copy."""
     values = local_models.values
     place = {path: position for position, path in enumerate(leaf_paths(values.type))}
@@ -238,14 +242,12 @@ def _record(
         )
         for part in values.parts
     ]
-    global_weights = [np.asarray(leaf) for leaf in trees.leaves(before.weights)]
+    global_weights = [np.asarray(leaf) for leaf in trees.leaves(local_models.global_weights)]
     checkpoint = {path: np.asarray(leaf) for path, leaf in trees.items(after)}
     return RoundRecord(number, global_weights, parts, metrics, checkpoint)
 
 
-def _restored(
-    template: ServerState, checkpoint: Mapping[str, np.ndarray], ledger: str | os.PathLike[str]
-) -> ServerState:
+def _restored(template: Any, checkpoint: Mapping[str, np.ndarray], ledger: str | os.PathLike[str]) -> Any:
     """The state of a checkpoint, in the containers of `template`."""
     expected = {path: (np.shape(leaf), np.asarray(leaf).dtype) for path, leaf in trees.items(template)}
     found = {path: (leaf.shape, leaf.dtype) for path, leaf in checkpoint.items()}
@@ -256,5 +258,4 @@ def _restored(
             f"{found.get(wrong, 'none')} instead of {expected.get(wrong, 'none')}, in {os.fspath(ledger)}."
         )
     paths = iter([path for path, _ in trees.items(template)])
-    restored: ServerState = trees.map(lambda _: checkpoint[next(paths)], template)
-    return restored
+    return trees.map(lambda _: checkpoint[next(paths)], template)

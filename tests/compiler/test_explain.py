@@ -144,7 +144,7 @@ def test_functions_on_the_host_say_so():
 
     found = explain(fed.federated_computation(lambda x: fed.federated_map(median, x), AT_CLIENTS))
     assert found.stages[0].calls[0].on_host
-    assert "median(argument), in Python on the host" in str(found)
+    assert "median(argument), on the host" in str(found)
 
 
 def test_every_reduction_is_named_with_what_decides_it():
@@ -206,8 +206,10 @@ def test_a_round_of_learning(process):
         ("weighted mean", "train.update", "weighted by train.num_examples"),
         ("sum", "_contribution", ""),
     ]
-    assert [value.source for value in clients.leaves] == [found.result[2].source] == ["_local_model"]
-    assert [value.name for value in found.leaves_clients] == ["2"]
+    leaving = ["train.weights", "train.num_examples", "train.sums"]
+    assert [value.source for value in clients.leaves] == [value.source for value in found.leaves_clients] == leaving
+    names = ["1/client_work.weights", "1/client_work.num_examples", "1/client_work.sums"]
+    assert [value.name for value in found.leaves_clients] == names
 
 
 def test_a_round_without_local_models_hands_out_nothing(process):

@@ -29,7 +29,13 @@ def write_digits_ledger():
     fed.run(process, data, rounds=13, ledger="runs/digits", progress=False)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name)
+def with_its_extra(page):
+    return pytest.param(page, marks=[pytest.mark.tensorflow] if page.name == "tensorflow.md" else [])
+
+
+@pytest.mark.parametrize(
+    "page", [with_its_extra(page) for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name
+)
 def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page.name == "ledger-format.md":

@@ -138,10 +138,10 @@ def test_a_finished_program_has_nothing_to_do(run, finished):
     np.testing.assert_array_equal(again["weights"]["kernel"], state["weights"]["kernel"])
 
 
-def test_the_ledger_keeps_the_promises_of_a_state_manager(example, finished, tmp_path):
+def test_the_ledger_keeps_the_promises_of_a_state_manager(example, process, finished, tmp_path):
     path, _, _ = finished
     with LedgerWriter.open(path) as writer:
-        states = example.LedgerStates(writer)
+        states = example.LedgerStates(writer, process)
         assert asyncio.run(states.get_versions()) == [ROUNDS]
         with pytest.raises(fed.program.ProgramStateNotFoundError):
             asyncio.run(states.load(ROUNDS - 1, {}))
@@ -149,7 +149,7 @@ def test_the_ledger_keeps_the_promises_of_a_state_manager(example, finished, tmp
             asyncio.run(states.save({}, ROUNDS))
     weights = {"w": np.zeros(2, np.float32)}
     with LedgerWriter.create(tmp_path / "empty", weights=weights, config={}, rounds=1) as writer:
-        states = example.LedgerStates(writer)
+        states = example.LedgerStates(writer, process)
         assert asyncio.run(states.get_versions()) is None
         assert asyncio.run(states.load_latest({})) == (None, 0)
 

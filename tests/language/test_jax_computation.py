@@ -166,8 +166,8 @@ def test_a_payload_of_another_process_is_refused():
 def test_a_payload_of_another_runtime_is_refused():
     proto = fed.jax_computation(lambda x: x, np.int32).to_proto()
     other = type(proto)(type=proto.type)
-    other.tensorflow.SetInParent()
-    with pytest.raises(UnsupportedError, match="found a payload of kind 'tensorflow'"):
+    other.xla.hlo_module.type_url = "type.googleapis.com/xla.HloModuleProto"
+    with pytest.raises(UnsupportedError, match="found a payload of kind 'xla'"):
         framework.ConcreteComputation.from_proto(other)(4)
 
 

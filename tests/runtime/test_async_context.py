@@ -359,7 +359,7 @@ def test_only_computations_of_the_language_run():
 def test_a_local_computation_of_another_runtime_is_refused_when_awaited():
     number = fl.TensorType(np.float32)
     proto = computation_pb2.Computation(type=fl.FunctionType(number, number).to_proto())
-    proto.tensorflow.cache_key.id = 1
+    proto.xla.hlo_module.type_url = "type.example.com/other"
     foreign = framework.ConcreteComputation.from_proto(proto)
     computation = fed.federated_computation(lambda values: fl.federated_map(foreign, values), AT_CLIENTS)
 

@@ -168,7 +168,7 @@ def show(
     client: Annotated[str | None, typer.Option(metavar="C", help="One client, by its id.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show a run, a round, a client's trajectory, or one local model.
+    """Show a run, a round, a client over rounds, or a local model.
 
     Without options the run; with --round that round and its clients; with --client that client's way through the run,
     with the norms of its updates by leaf; with both the client's local model of that round.
@@ -208,6 +208,48 @@ def explain(
     from fedlens.cli import explaining
 
     explaining.explain(target, as_json=json)
+
+
+@_command
+def taps(
+    target: Annotated[
+        str, typer.Argument(metavar="MODULE:NAME", help="A computation or learning process; FILE.py:NAME works too.")
+    ],
+    json: JsonOption = False,
+) -> None:
+    r"""List where the clients' values can be taken.
+
+    The module is imported, which runs it.
+
+    \b
+    fedlens taps studies.rounds:next_round
+    """
+    from fedlens.cli import tapping
+
+    tapping.taps(target, as_json=json)
+
+
+@_command
+def disclosure(
+    target: Annotated[
+        str, typer.Argument(metavar="MODULE:NAME", help="A computation or learning process; FILE.py:NAME works too.")
+    ],
+    json: JsonOption = False,
+    max_: Annotated[
+        str | None, typer.Option("--max", metavar="LEVEL", help="Exit with 1 if an output tells more than this level.")
+    ] = None,
+) -> None:
+    r"""Say what each output tells about one client, and why.
+
+    Levels: public < central-dp < aggregate < per-client < raw, and public < local-dp < per-client. The module is
+    imported, which runs it.
+
+    \b
+    fedlens disclosure studies.rounds:average --max aggregate
+    """
+    from fedlens.cli import disclosing
+
+    disclosing.disclosure(target, as_json=json, limit=max_)
 
 
 @_command

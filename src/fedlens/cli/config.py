@@ -100,6 +100,7 @@ class Config(Section):
     rounds: Count
     seed: Seed = 0
     clients_per_round: Count | None = None
+    min_clients: Count = 1
     data: Annotated[Digits | Shakespeare, Field(discriminator="set")]
     model: Annotated[CNN | Perceptron | LSTM, Field(discriminator="architecture")]
     training: Training
@@ -186,6 +187,13 @@ def check(values: Mapping[str, Any], where: str, text: str = "") -> Config:
         first, *rest = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
         more = f" ({len(rest)} more to correct after that.)" if rest else ""
         raise ConfigError(_explain(dict(first), where, text) + more) from None
+    counts = {("clients_per_round",): config.clients_per_round, ("evaluation", "clients"): config.evaluation.clients}
+    for path, count in counts.items():
+        if count is not None and count < config.min_clients:
+            raise ConfigError(
+                f"Expected {' '.join(path)} of at least {config.min_clients}, the min_clients of every aggregate, "
+                f"found {count}, {_place(where, text, list(path))}."
+            )
     fitting = _FITTING[config.data.set]
     if config.model.architecture not in fitting:
         place = _place(where, text, ["model", "architecture"])

@@ -63,25 +63,27 @@ def _train(config: Config, folder: Path, *, resume_: bool) -> None:
     try:
         from fedlens import study
         from fedlens.cli.experiment import build
+        from fedlens.runtime import use
 
         experiment = build(config)
         messages().print(
             f"{config.name}: {len(experiment.train)} clients, {experiment.train.num_examples:,} examples to train on, "
             f"{experiment.held_out.num_examples:,} held out. Ledger: {folder}"
         )
-        if resume_:
-            finished = study.resume(experiment.process, experiment.train, ledger=folder, test=experiment.evaluated)
-        else:
-            finished = study.run(
-                experiment.process,
-                experiment.train,
-                rounds=config.rounds,
-                seed=config.seed,
-                clients_per_round=config.clients_per_round,
-                test=experiment.evaluated,
-                ledger=folder,
-                config={_EXPERIMENT: config.model_dump(mode="json", exclude_none=True)},
-            )
+        with use("local", min_clients=config.min_clients):
+            if resume_:
+                finished = study.resume(experiment.process, experiment.train, ledger=folder, test=experiment.evaluated)
+            else:
+                finished = study.run(
+                    experiment.process,
+                    experiment.train,
+                    rounds=config.rounds,
+                    seed=config.seed,
+                    clients_per_round=config.clients_per_round,
+                    test=experiment.evaluated,
+                    ledger=folder,
+                    config={_EXPERIMENT: config.model_dump(mode="json", exclude_none=True)},
+                )
         _report(experiment, finished.state.weights, Ledger(folder))
     except KeyboardInterrupt:
         raise FedlensError(_what_is_safe(folder)) from None

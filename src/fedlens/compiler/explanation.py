@@ -41,7 +41,7 @@ class Call:
       function: its name.
       arguments: what it is given: arguments of the computation, and results of other functions.
       type: the type of its result, in a few words if it is long.
-      on_host: whether it runs as Python on the host, a `python_computation`, and is not traced.
+      on_host: whether it runs on the host, a `python_computation` or `tensorflow_computation`, and is not traced.
     """
 
     function: str
@@ -173,7 +173,7 @@ def _stage_rows(stage: Stage) -> Iterator[_Row]:
     if stage.calls:
         yield _Row("each client runs" if at_clients else "runs", 1)
     for call in stage.calls:
-        where = ", in Python on the host" if call.on_host else ""
+        where = ", on the host" if call.on_host else ""
         yield _Row(f"{call.function}({call.arguments}){where}", 2, call.type)
     if stage.sends:
         yield _Row("sends to all clients", 1)

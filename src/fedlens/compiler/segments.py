@@ -71,8 +71,8 @@ def check_host_work(stage: ClientStage | ServerStage) -> None:
         blocks = [] if step.operand is None else [step.operand]
         for host in (host for block in blocks for host in _host_computations(block)):
             raise UnsupportedError(
-                f"Expected functions of JAX operations in {step.name}, found the Python computation {host.name!r}. "
-                "Map it over the clients first, and reduce what it returns."
+                f"Expected functions of JAX operations in {step.name}, found the {host.kind} computation "
+                f"{host.name!r}. Map it over the clients first, and reduce what it returns."
             )
         if any(holds_strings(type_) for block in blocks for type_ in _types_read(block)):
             raise UnsupportedError(f"Expected numbers to reduce in {step.name}, found strings.")
@@ -108,13 +108,16 @@ def _split(stage: ClientStage | ServerStage) -> tuple[Segment[Any], ...]:
         if reads_host_work or _is_host_work(step, at_clients):
             on_host.add(step.name)
     phases, last = _phases(body, needs, on_host, bool(reductions))
+    lazy_outputs = {name for name in stage.outputs if named[name].is_lazy}
+    # Who hands out a sequence runs what makes it, too.
+    hands_out = last + 1 if lazy_outputs & on_host and last % 2 == 0 else last
 
     parts: list[tuple[int, tuple[Step, ...], tuple[Step, ...]]] = []  # number, body, reductions
-    for number in range(last + 1):
+    for number in range(hands_out + 1):
         ends = reductions if number == last else ()
         own = {name for name, of_step in phases.items() if of_step == number}
-        if number == last:
-            own |= {name for name in stage.outputs if named[name].is_lazy}
+        if number == hands_out:
+            own |= lazy_outputs
         inside = _with_lazy(own.union(step.name for step in ends), needs, named)
         steps = tuple(step for step in body if step.name in inside)
         if steps or ends:
@@ -123,7 +126,7 @@ def _split(stage: ClientStage | ServerStage) -> tuple[Segment[Any], ...]:
     found: list[Segment[Any]] = []
     wanted = set(stage.outputs)
     for number, steps, ends in reversed(parts):
-        lazy = stage.outputs if number == last else ()
+        lazy = lazy_outputs if number == hands_out else ()
         leaving = tuple(step.name for step in steps if step.name in (lazy if step.is_lazy else wanted))
         found.append(Segment(_part_of(stage, steps, ends, leaving, named), number % 2 == 1))
         wanted |= set[str]().union(*(needs[step.name] for step in (*steps, *ends)))

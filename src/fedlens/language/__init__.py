@@ -9,4 +9,5 @@ from fedlens.language.local_computation import batch_type as batch_type
 from fedlens.language.portable import to_portable as to_portable
 from fedlens.language.python_computation import python_computation as python_computation
 from fedlens.language.sequence import Sequence as Sequence
+from fedlens.language.tensorflow_computation import tensorflow_computation as tensorflow_computation
 from fedlens.language.types import type_of as type_of

@@ -13,7 +13,7 @@ import numpy as np
 from fedlens import trees
 from fedlens.errors import StructureError
 from fedlens.language.sequence import Sequence
-from fedlens.language.types import from_positional, to_positional
+from fedlens.language.types import contains_sequence, from_positional, matched_fields, to_positional
 from fedlens.language.unequal_batches import UnequalBatches
 
 
@@ -33,11 +33,13 @@ class HostComputation:
       name: the name of the function, for errors and plans.
       function: takes the argument in its containers (or nothing, without a parameter type), returns the result.
       type_signature: parameter (or None) and result, with containers.
+      kind: what it is made of: Python, or TensorFlow.
     """
 
     name: str
     function: Callable[..., Any]
     type_signature: fl.FunctionType
+    kind: str = "Python"
 
     def __call__(self, *positional: Any) -> Any:
         """Calls the function on a positional value, and returns a positional value of the declared result type.
@@ -58,13 +60,23 @@ class HostComputation:
 
     def _checked(self, result: Any) -> Any:
         try:
-            positional = to_positional(result, self.type_signature.result)
+            positional = _to_positional(result, self.type_signature.result)
         except StructureError as error:
             raise ResultError(
-                f"{str(error).rstrip('.')}, in the result of the Python computation {self.name!r}, "
+                f"{str(error).rstrip('.')}, in the result of the {self.kind} computation {self.name!r}, "
                 f"declared as {self.type_signature.result}."
             ) from error
         return _copied(positional)
+
+
+def _to_positional(value: Any, type_: fl.Type) -> Any:
+    """`to_positional`, which lets the sequences that a TensorFlow computation made pass."""
+    if isinstance(type_, fl.SequenceType) and isinstance(value, Sequence | UnequalBatches):
+        return value
+    if not contains_sequence(type_):
+        return to_positional(value, type_)
+    pairs = zip(matched_fields(value, type_, ""), type_.items(), strict=True)
+    return tuple(_to_positional(child, field) for child, (_, field) in pairs)
 
 
 def _in_numpy(value: Any) -> Any:
@@ -89,6 +101,6 @@ def _in_numpy(value: Any) -> Any:
 def _copied(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_copied(field) for field in value)
-    if isinstance(value, str | bytes):
+    if isinstance(value, str | bytes | Sequence | UnequalBatches):
         return value
     return np.array(value)[()]

@@ -16,13 +16,21 @@ from fedlens.language.type_summaries import summarize
 from fedlens.language.types import type_of
 
 
-def _wrap(
-    function: Callable[..., Any], parameter_type: fl.Type | None, unpack: bool | None, name: str | None = None
+def wrap(
+    function: Callable[..., Any],
+    parameter_type: fl.Type | None,
+    unpack: bool | None,
+    name: str | None = None,
+    *,
+    mechanism: str = "",
 ) -> framework.ConcreteComputation:
+    """A function as a computation of one type; `mechanism` is what it does to privacy, see `LocalComputation`."""
     name = name_of(function, name)
     argument = "without an argument" if parameter_type is None else f"with an argument {summarize(parameter_type)}"
     with noting(f"in {name!r}, traced {argument} to find the type of its result; it is the same for all clients"):
-        local = make_local_computation(name, with_one_argument(function, parameter_type, unpack), parameter_type)
+        local = make_local_computation(
+            name, with_one_argument(function, parameter_type, unpack), parameter_type, mechanism
+        )
     return framework.ConcreteComputation(
         computation_proto=to_proto(local),
         context_stack=framework.get_context_stack(),
@@ -42,7 +50,7 @@ def name_of(function: Callable[..., Any], name: str | None = None) -> str:
     return f"lambda@{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
 
 
-jax_computation = framework.ComputationWrapper(_wrap, infer_type_fn=type_of)
+jax_computation = framework.ComputationWrapper(wrap, infer_type_fn=type_of)
 jax_computation.__doc__ = """Wraps a function of JAX operations as a computation that runs at one place.
 
 Types may be given, or are inferred when the computation is called or mapped:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import federated_language as fl
 import jax
@@ -29,6 +29,7 @@ from fedlens.language.types import describe, from_positional, is_static, is_wide
 from fedlens.language.unequal_batches import UnequalBatches, representative
 
 _PAYLOAD = "fedlens.local_computation"
+Path: TypeAlias = tuple[int, ...]
 _SIZES = (3, 5)  # what undefined dimensions are while a result type is inferred
 
 
@@ -42,12 +43,16 @@ class LocalComputation:
         own.
       type_signature: parameter (or None) and result, with containers.
       wide: whether it runs with 64-bit types; JAX narrows them otherwise.
+      unchanged: pairs of paths, position by position: an array of the result, and the array of the argument that it is.
+      mechanism: what the function is known to do to privacy, as `fedlens.compiler.mechanisms` writes it; "" if nothing.
     """
 
     name: str
     function: Callable[..., Any]
     type_signature: fl.FunctionType
     wide: bool
+    unchanged: tuple[tuple[Path, Path], ...] = ()
+    mechanism: str = ""
 
     def __call__(self, *positional: Any) -> Any:
         """Calls the function on a positional value, and returns a positional value of the declared result type.
@@ -73,13 +78,16 @@ def _call(name: str, function: Callable[..., Any], parameter: fl.Type | None, po
         ) from error
 
 
-def make_local_computation(name: str, function: Callable[..., Any], parameter: fl.Type | None) -> LocalComputation:
+def make_local_computation(
+    name: str, function: Callable[..., Any], parameter: fl.Type | None, mechanism: str = ""
+) -> LocalComputation:
     """Types `function` by abstract evaluation (`jax.eval_shape`): no arithmetic runs.
 
     Args:
       name: what to call it.
       function: takes one argument of type `parameter`, or none.
       parameter: tensors, structs and sequences; None for a function without arguments.
+      mechanism: what it is known to do to privacy, see `LocalComputation`.
 
     Raises:
       UnsupportedError: a tensor of an unknown number of dimensions, or of strings.
@@ -98,25 +106,25 @@ def make_local_computation(name: str, function: Callable[..., Any], parameter: f
                 "Use fed.python_computation, which runs on the host."
             )
     wide = is_wide(parameter)
-    result_type, returns_wide_constant = _infer_result(name, function, parameter, wide)
+    result_type, returns_wide_constant, unchanged = _infer_result(name, function, parameter, wide)
     if returns_wide_constant and not wide:  # tracing a constant of 64 bits narrow would change its value
         wide = True
-        result_type, _ = _infer_result(name, function, parameter, wide)
+        result_type, _, unchanged = _infer_result(name, function, parameter, wide)
     if not is_static(parameter):
-        other_type, _ = _infer_result(name, function, parameter, wide, size=_SIZES[1])
+        other_type, _, _ = _infer_result(name, function, parameter, wide, size=_SIZES[1])
         if other_type != result_type:
             raise LanguageError(
                 f"Expected {name!r} to return arrays whose shapes do not depend on the undefined dimensions of its "
                 f"argument, of type {parameter}, found {result_type} and {other_type}. Reduce over those dimensions, "
                 "or use fed.python_computation."
             )
-    return LocalComputation(name, function, fl.FunctionType(parameter, result_type), wide)
+    return LocalComputation(name, function, fl.FunctionType(parameter, result_type), wide, unchanged, mechanism)
 
 
 def _infer_result(
     name: str, function: Callable[..., Any], parameter: fl.Type | None, wide: bool, size: int = _SIZES[0]
-) -> tuple[fl.Type, bool]:
-    found: list[tuple[fl.Type, bool]] = []
+) -> tuple[fl.Type, bool, tuple[tuple[Path, Path], ...]]:
+    found: list[tuple[fl.Type, bool, tuple[tuple[Path, Path], ...]]] = []
 
     def traced(*positional: Any) -> list[jax.Array]:
         result = _call(name, function, parameter, positional)
@@ -126,12 +134,24 @@ def _infer_result(
         if not leaves:
             raise LanguageError(f"Expected {name!r} to return at least one array, found {result!r}.")
         wide_constant = any(_is_wide_constant(leaf) for leaf in leaves)
-        found.append((type_of(result), wide_constant))
+        given = {id(tracer): path for path, tracer in _arrays(positional[0] if positional else ())}
+        unchanged = tuple((path, given[id(leaf)]) for path, leaf in _arrays(result) if id(leaf) in given)
+        found.append((type_of(result), wide_constant, unchanged))
         return [] if wide_constant and not wide else [jnp.asarray(leaf) for leaf in leaves]
 
     with jax.enable_x64(wide):
         jax.eval_shape(traced, *(() if parameter is None else (abstract_value(parameter, size),)))
     return found[-1]
+
+
+def _arrays(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The arrays in a value, outside of sequences, and where they stand."""
+    fields = None if isinstance(value, Sequence | UnequalBatches) else trees.fields_of(value)
+    if fields is not None:
+        for index, (_, child) in enumerate(fields):
+            yield from _arrays(child, (*path, index))
+    elif not isinstance(value, Sequence | UnequalBatches):
+        yield path, value
 
 
 def _holds_sequence(value: object) -> bool:
@@ -209,13 +229,17 @@ def from_proto(proto: computation_pb2.Computation) -> LocalComputation | HostCom
       UnsupportedError: the payload is another runtime's, or was made in another process.
     """
     kind = proto.WhichOneof("computation")
+    if kind == "tensorflow":
+        from fedlens.language.tensorflow_payload import from_tensorflow_proto  # read when there is one
+
+        return from_tensorflow_proto(proto)
     if kind == "xla" and proto.xla.hlo_module.type_url == PORTABLE:
         from fedlens.language.portable import from_portable_proto  # it imports this module
 
         return from_portable_proto(proto)
     if kind != "xla" or proto.xla.hlo_module.type_url != _PAYLOAD:
         raise UnsupportedError(
-            "Expected a local computation made by fedlens (fed.jax_computation, fed.python_computation), "
+            "Expected a local computation made by fedlens (fed.jax_computation, fed.python_computation) or TensorFlow, "
             f"found a payload of kind {kind!r}."
         )
     key = proto.xla.hlo_module.value.decode()

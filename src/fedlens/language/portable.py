@@ -71,7 +71,7 @@ def to_portable(
     proto.CopyFrom(computation.to_proto())
     exported: dict[bytes, bytes] = {}  # a local computation that occurs several times is exported once
     for payload in _local_payloads(proto):
-        if payload.xla.hlo_module.type_url != PORTABLE:
+        if payload.WhichOneof("computation") == "xla" and payload.xla.hlo_module.type_url != PORTABLE:
             key = payload.SerializeToString(deterministic=True)
             if key not in exported:
                 exported[key] = encode(_export(from_proto(payload), tuple(platforms)))
@@ -110,7 +110,7 @@ def _export(local: LocalComputation | HostComputation, platforms: tuple[str, ...
             )
     with jax.enable_x64(local.wide):
         programs = {_key(form): _export_form(local, form, platforms) for form in portable_form.forms(parameter)}
-    return Payload(local.name, local.wide, programs)
+    return Payload(local.name, local.wide, programs, unchanged=local.unchanged, mechanism=local.mechanism)
 
 
 def _export_form(local: LocalComputation, form: portable_form.Form, platforms: tuple[str, ...]) -> bytes:
@@ -162,7 +162,7 @@ def _load(value: bytes, type_bytes: bytes) -> LocalComputation:
         returned = programs[_key(form)](*arrays)
         return from_positional(portable_form.nested(iter(returned), result), result)
 
-    return LocalComputation(payload.name, function, type_signature, payload.wide)
+    return LocalComputation(payload.name, function, type_signature, payload.wide, payload.unchanged, payload.mechanism)
 
 
 def _load_program(

@@ -36,12 +36,16 @@ class Payload:
       wide: whether it runs with 64-bit types.
       programs: the forms of the argument's sequences, joined by ", " -> an exported program.
       jax_version: of the process that exported it.
+      unchanged: pairs of paths, as `LocalComputation` has them; a header without any has none.
+      mechanism: what the function does to privacy, as `LocalComputation` has it.
     """
 
     name: str
     wide: bool
     programs: Mapping[str, bytes]
     jax_version: str = jax.__version__
+    unchanged: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    mechanism: str = ""
 
 
 def encode(payload: Payload) -> bytes:
@@ -57,6 +61,8 @@ def encode(payload: Payload) -> bytes:
             "name": payload.name,
             "wide": payload.wide,
             "jax": payload.jax_version,
+            "unchanged": payload.unchanged,
+            "mechanism": payload.mechanism,
             "programs": [[form, len(program)] for form, program in payload.programs.items()],
         }
     ).encode()
@@ -86,7 +92,10 @@ def decode(value: bytes) -> Payload:
                 programs[str(form)] = body[start : start + length]
                 start += length
             if start == len(body):
-                return Payload(str(header["name"]), bool(header["wide"]), programs, str(header["jax"]))
+                unchanged = tuple((tuple(result), tuple(given)) for result, given in header.get("unchanged", ()))
+                mechanism = str(header.get("mechanism", ""))
+                name, wide, version = str(header["name"]), bool(header["wide"]), str(header["jax"])
+                return Payload(name, wide, programs, version, unchanged, mechanism)
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedError(
             f"Expected the header of a portable computation, found {bytes(body[_LENGTH:start][:40])!r}. "

@@ -18,6 +18,7 @@ from federated_language.common_libs import structure
 from fedlens import trees
 from fedlens.errors import StructureError
 from fedlens.language.strings import is_string_array, without_numpy_dtype
+from fedlens.language.tensorflow_values import in_numpy, is_tensorflow, leaf_type
 
 _WIDE = (np.dtype(np.int64), np.dtype(np.uint64), np.dtype(np.float64), np.dtype(np.complex128))
 
@@ -31,7 +32,8 @@ def type_of(value: object) -> fl.Type:
 
     Args:
       value: arrays (NumPy, JAX, `jax.ShapeDtypeStruct`), Python scalars, `federated_language` types and values, in any
-        nesting of dict, OrderedDict, list, tuple, NamedTuple, dataclass and attrs classes.
+        nesting of dict, OrderedDict, list, tuple, NamedTuple, dataclass and attrs classes; TensorFlow's tensors, data
+        sets and specifications of them.
 
     Returns:
       The type; its structs remember the Python container (`StructWithPythonType`).
@@ -61,6 +63,9 @@ def _type_of(value: Any, path: str) -> fl.Type:
             raise StructureError(
                 f"Expected field names that the federated language allows{_at(path)}, found a reserved one: {error}"
             ) from error
+    if is_tensorflow(value):
+        element = getattr(value, "element_spec", None)
+        return leaf_type(value) if element is None else fl.SequenceType(_type_of(element, path))
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         if is_string_array(value):
             return fl.TensorType(np.str_, tuple(value.shape))
@@ -230,6 +235,7 @@ def argument_fields(value: Any) -> list[tuple[str | None, Any]] | None:
 
 
 def _to_array(value: Any, type_: fl.TensorType, path: str) -> Any:
+    value = in_numpy(value)
     if type_.dtype.kind in "US":
         return _to_strings(value, type_, path)
     # NumPy's scalars have a dtype of their own; np.float64, a float too, would be narrowed here.

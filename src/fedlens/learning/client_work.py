@@ -40,7 +40,14 @@ class ClientResult(NamedTuple):
 ClientWork = Callable[[Any, UInt32[Array, "2"], Sequence], ClientResult]  # (global weights, key data, batches)
 
 
-def local_training(model: Model, optimizer: optax.GradientTransformation, *, epochs: int, shuffle: bool) -> ClientWork:
+def local_training(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    epochs: int,
+    shuffle: bool,
+    proximal_strength: float = 0.0,
+) -> ClientWork:
     """Training over a client's batches.
 
     Args:
@@ -48,6 +55,8 @@ def local_training(model: Model, optimizer: optax.GradientTransformation, *, epo
       optimizer: its state starts anew in every round.
       epochs: how often to go over the data, at least 1.
       shuffle: whether to visit the examples in a new random order in every epoch.
+      proximal_strength: mu of FedProx, which adds `mu / 2 * ||weights - global weights||^2` to what is minimised; the
+        loss that is measured stays that of the examples.
 
     Returns:
       A client work. A client without examples returns the global weights.
@@ -64,6 +73,13 @@ def local_training(model: Model, optimizer: optax.GradientTransformation, *, epo
                 return model.measure(outputs, batch[TARGET], batch["mask"])
 
             gradient, of_batch = jax.grad(objective, has_aux=True)(weights)
+            if proximal_strength:
+                gradient = jax.tree.map(
+                    lambda slope, here, start: slope + proximal_strength * (here - start),
+                    gradient,
+                    weights,
+                    global_weights,
+                )
             # All of the gradient before any update: XLA then writes new weights over old ones, which it copies in every
             # step where it cannot tell whether they will be read again (4 % of W2).
             gradient = lax.optimization_barrier(gradient)

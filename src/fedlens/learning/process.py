@@ -1,46 +1,27 @@
 """`LearningProcess`: rounds of federated learning, as computations of the language with a Python face.
 
-A round is one federated computation of three arguments: the server's state, a PRNG key for each client, and the
-clients' batches. `next` derives the keys, so that what a client computes depends on its id, its data, the round and the
+A round is one federated computation of the server's state, a PRNG key for each client, and the clients' batches. `next`
+derives the keys, so that what a client computes depends on its id, its data, the round and the
 state, and on nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from federated_language import framework
-from jaxtyping import Array, Int, UInt32
 
-from fedlens.learning.local_models import LocalModels
+from fedlens.learning.capture import Capture, capture_of, tapped_round
 from fedlens.learning.metrics import EXAMPLES, LOSS
 from fedlens.learning.models import Model
 from fedlens.learning.randomness import client_keys, run_key
+from fedlens.learning.state import KEY, ROUND, WEIGHTS, field_of, field_of_type
 from fedlens.runtime import Cohort, current_context
 from fedlens.runtime.arguments import as_cohort, column_of
 from fedlens.runtime.engine import OnNonFinite
 from fedlens.runtime.values import of_array
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """What the server keeps between rounds.
-
-    Attributes:
-      weights: the global model.
-      optimizer_state: the state of the server's optimizer.
-      round: the number of the next round, from 0.
-      key: the key data of the run, from which every client's key of every round follows.
-    """
-
-    weights: Any
-    optimizer_state: Any
-    round: Int[Array, ""]
-    key: UInt32[Array, "2"]
-
 
 Metrics = dict[str, float]
 
@@ -55,26 +36,31 @@ class LearningProcess:
       >>> state, metrics, local_models = process.next(state, data.cohort(0))
 
     Attributes:
-      model: what is learned.
-      initialize_computation: key data at the server -> state at the server.
-      next_computation: (state, keys, batches) -> (state, metrics sums), or with the local models as a third.
+      model: what is learned; None if it is known to the computations alone, as in `from_computations`.
+      initialize_computation: key data at the server, or nothing -> state at the server.
+      next_computation: (state, keys, batches) or (state, batches) -> (state, metrics); of a process with local models,
+        that with what `capture` names tapped.
       on_nonfinite: what to do with a client whose update is not finite: "raise", "drop" or "ignore".
-      hands_out_local_models: whether `next` returns the local models too.
+      capture: what is tapped, after `with_local_models()`.
     """
 
-    model: Model
+    model: Model | None
     initialize_computation: framework.ConcreteComputation
-    build_next: Callable[[bool], framework.ConcreteComputation]
     next_computation: framework.ConcreteComputation
     on_nonfinite: OnNonFinite = "raise"
-    hands_out_local_models: bool = False
+    capture: Capture | None = None
 
-    def initialize(self, seed: int = 0) -> ServerState:
+    @property
+    def hands_out_local_models(self) -> bool:
+        """Whether `next` returns the local models too."""
+        return self.capture is not None
+
+    def initialize(self, seed: int = 0) -> Any:
         """The state before the first round; everything random in the run follows from `seed`."""
-        state: ServerState = current_context().run(self.initialize_computation, run_key(seed)).value
-        return state
+        takes_key = self.initialize_computation.type_signature.parameter is not None
+        return current_context().run(self.initialize_computation, run_key(seed) if takes_key else None).value
 
-    def next(self, state: ServerState, cohort: Cohort) -> Any:
+    def next(self, state: Any, cohort: Cohort) -> Any:
         """Runs one round.
 
         Args:
@@ -83,25 +69,30 @@ class LearningProcess:
 
         Returns:
           The new state and the metrics of the round; and, after `with_local_models()`, the `LocalModels`. Metrics are
-          loss and the model's metrics as means over all examples, `num_examples`, `num_clients` (who took part with
-          examples), `clients_without_examples`, `clients_dropped`.
+          what the round reports; in `fed.learning` loss and the model's metrics as means over all examples,
+          `num_examples` and `num_clients` (who took part with examples). `clients_dropped` and, where the round says
+          who took part, `clients_without_examples` are added.
 
         Raises:
           CohortError: the clients' data are not what the model reads.
           NonFiniteError: a client's update has infinities or NaNs, and `on_nonfinite` is "raise".
         """
         cohort = as_cohort(cohort, "cohort")
-        keys = client_keys(np.asarray(state.key), int(state.round), cohort.ids)
-        argument = (state, of_array(cohort.ids, keys), cohort)
+        argument: tuple[Any, ...] = (state, cohort)
+        if len(self.next_computation.type_signature.parameter) == 3:
+            key, round_number = (field_of(state, name) for name in (KEY, ROUND))
+            keys = client_keys(np.asarray(key), int(round_number), cohort.ids)
+            argument = (state, of_array(cohort.ids, keys), cohort)
         outcome = current_context().run(self.next_computation, argument, on_nonfinite=self.on_nonfinite)
-        new_state, measured, *local = outcome.value
-        names = [LOSS, *(metric.name for metric in self.model.metrics), EXAMPLES, "num_clients"]  # JAX sorted them
-        metrics = {name: measured[name].item() for name in names}
-        metrics["clients_without_examples"] = len(cohort) - len(outcome.dropped) - metrics["num_clients"]
+        result, tapped = (outcome.value, {}) if self.capture is None else outcome.value
+        new_state, measured = result
+        metrics = self._metrics(measured)
+        if "num_clients" in metrics:
+            metrics["clients_without_examples"] = len(cohort) - len(outcome.dropped) - metrics["num_clients"]
         metrics["clients_dropped"] = len(outcome.dropped)
-        if not local:
+        if self.capture is None:
             return new_state, metrics
-        return new_state, metrics, LocalModels(local[0], state.weights)
+        return new_state, metrics, self.capture.local_models(tapped, self.get_model_weights(state))
 
     def check(self, cohort: Cohort) -> None:
         """Checks, without computing anything, that the clients hold what the model reads.
@@ -109,15 +100,35 @@ class LearningProcess:
         Raises:
           CohortError: they do not; field or client and leaf are named.
         """
-        data_type = self.next_computation.type_signature.parameter[2]
+        *_, data_type = self.next_computation.type_signature.parameter
         column_of(as_cohort(cohort, "cohort"), data_type.member)
 
-    def with_local_models(self) -> LearningProcess:
-        """The same process, whose `next` returns `(state, metrics, local_models)`; states and metrics stay the same."""
-        if self.hands_out_local_models:
-            return self  # and keep what is compiled
-        return replace(self, next_computation=self.build_next(True), hands_out_local_models=True)
+    def with_local_models(self, *, allow_bypass: bool = False) -> LearningProcess:
+        """The same process, whose `next` returns `(state, metrics, local_models)`; states and metrics stay the same.
 
-    def get_model_weights(self, state: ServerState) -> Any:
+        It is a tap (`fed.tap`) of the weights, the number of examples and the measurements of the round's client work.
+
+        Args:
+          allow_bypass: whether local models may be handed out that a secure sum or differential privacy protects.
+
+        Raises:
+          ConfigError: the round has no client work, or one whose result has no model in it; see `capture_of`.
+          DisclosureError: the local models are protected, and `allow_bypass` is False.
+        """
+        if self.capture is not None:
+            return self  # and keep what is compiled
+        state_type = self.next_computation.type_signature.parameter[0].member
+        capture = capture_of(self.next_computation, field_of_type(state_type, WEIGHTS))
+        tapped = tapped_round(self.next_computation, capture, allow_bypass=allow_bypass)
+        return replace(self, next_computation=tapped, capture=capture)
+
+    def get_model_weights(self, state: Any) -> Any:
         """The global model of a state."""
-        return state.weights
+        return field_of(state, WEIGHTS)
+
+    def _metrics(self, measured: Any) -> Metrics:
+        names = list(measured)
+        if self.model is not None:  # in the order of the model; JAX sorted them
+            first = [LOSS, *(metric.name for metric in self.model.metrics), EXAMPLES, "num_clients"]
+            names = [name for name in first if name in measured] + [name for name in names if name not in first]
+        return {name: np.asarray(measured[name]).item() for name in names}

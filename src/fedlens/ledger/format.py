@@ -53,6 +53,7 @@ class Run:
       skeleton: the model's containers, see `trees.skeleton`.
       leaves: the model's leaves in field order.
       versions: name -> version of the libraries that made the run.
+      policy: what the stored models disclose, plain JSON; None if nothing is known of it.
     """
 
     config: Mapping[str, Any]
@@ -60,9 +61,16 @@ class Run:
     skeleton: trees.Skeleton
     leaves: tuple[Leaf, ...]
     versions: Mapping[str, str]
+    policy: Mapping[str, Any] | None = None
 
 
-def describe(weights: trees.PyTree, config: Mapping[str, Any], rounds: int, versions: Mapping[str, str]) -> Run:
+def describe(
+    weights: trees.PyTree,
+    config: Mapping[str, Any],
+    rounds: int,
+    versions: Mapping[str, str],
+    policy: Mapping[str, Any] | None = None,
+) -> Run:
     """Describes a run from an example of its model's weights.
 
     Raises:
@@ -83,7 +91,9 @@ def describe(weights: trees.PyTree, config: Mapping[str, Any], rounds: int, vers
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise LedgerError(f"Expected at least one planned round, found {rounds!r}.")
     plain = _plain(config, "config")
-    return Run(plain, rounds, trees.skeleton(weights), tuple(leaves), dict(library_versions() | dict(versions)))
+    disclosed = None if policy is None else _plain(policy, "policy")
+    known = dict(library_versions() | dict(versions))
+    return Run(plain, rounds, trees.skeleton(weights), tuple(leaves), known, disclosed)
 
 
 def library_versions() -> dict[str, str]:
@@ -108,7 +118,7 @@ def to_json(run: Run) -> bytes:
         "skeleton": run.skeleton,
         "leaves": [{"name": leaf.name, "shape": list(leaf.shape), "dtype": leaf.dtype} for leaf in run.leaves],
         "versions": run.versions,
-        "policy": None,
+        "policy": run.policy,
     }
     return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
@@ -186,13 +196,16 @@ def _foreign(fields: Mapping[str, Any]) -> str | None:
 
 def _parse(fields: Mapping[str, Any]) -> Run:
     leaves = tuple(Leaf(leaf["name"], tuple(leaf["shape"]), leaf["dtype"]) for leaf in fields["leaves"])
-    run = Run(fields["config"], fields["planned_rounds"], fields["skeleton"], leaves, fields["versions"])
+    policy = fields.get("policy")
+    run = Run(fields["config"], fields["planned_rounds"], fields["skeleton"], leaves, fields["versions"], policy)
     for leaf in run.leaves:
         _check_leaf(leaf)
     if type(run.planned_rounds) is not int or run.planned_rounds < 1:
         raise ValueError(f"planned_rounds is {run.planned_rounds!r}")
     if not isinstance(run.config, dict) or not isinstance(run.versions, dict):
         raise ValueError("config and versions are not objects")
+    if policy is not None and not isinstance(policy, dict):
+        raise ValueError(f"policy is {policy!r}")
     tree = trees.from_skeleton(run.skeleton, range(len(run.leaves)))
     if [name or ROOT_LEAF for name, _ in trees.items(tree)] != [leaf.name for leaf in run.leaves]:
         raise ValueError("the skeleton has other leaves than the list")

@@ -63,6 +63,7 @@ class LedgerWriter:
         config: Mapping[str, Any],
         rounds: int,
         versions: Mapping[str, str] | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> Self:
         """Starts a ledger in a folder that does not exist or is empty.
 
@@ -72,13 +73,14 @@ class LedgerWriter:
           config: the run's configuration, as JSON has it.
           rounds: how many rounds are planned.
           versions: library -> version, beside those of Python, fedlens, JAX, NumPy and pyarrow.
+          policy: what the stored models disclose, as JSON has it.
 
         Raises:
           LedgerError: there is a ledger already, the folder is not empty or cannot be written, or `weights` or
             `config` cannot be stored.
         """
         folder = Path(path)
-        run = format.describe(weights, config, rounds, versions or {})
+        run = format.describe(weights, config, rounds, versions or {}, policy)
         try:
             lock = folders.start(folder, format.to_json(run))
         except LedgerError:

@@ -8,9 +8,12 @@ from typing import Any
 import federated_language as fl
 import numpy as np
 
+from fedlens.compiler import Input
+from fedlens.compiler.normalize import PARAMETER
 from fedlens.errors import CohortError, StructureError
 from fedlens.language.sequence import MASK
 from fedlens.language.strings import is_string_array
+from fedlens.language.tensorflow_values import batches_of, is_dataset
 from fedlens.language.types import (
     contains_sequence,
     describe,
@@ -45,6 +48,15 @@ def as_cohort(value: object, name: str) -> Cohort:
         f"Expected a fed.Cohort, client values or a list for the clients-placed argument {name}, "
         f"found {describe(value)}.{hint}"
     )
+
+
+def part_of(argument: Any, type_: fl.Type, each: Input) -> Any:
+    """The part of an argument of type `type_` at an input's path; fields of a dict are found by name."""
+    value, name = argument, PARAMETER
+    for index in each.path:
+        value, type_ = matched_fields(value, type_, name)[index], type_[index]
+        name += f"[{index}]"
+    return value
 
 
 def join(cohorts: Mapping[str, Cohort]) -> tuple[tuple[str, ...], int | None, dict[str, np.ndarray | None]]:
@@ -146,7 +158,7 @@ def _column_of_batches(owners: Sequence[str], values: Sequence[Any], type_: fl.S
                 f"Expected a list of batches of type {type_.element}{_where(owner, path)}, found {describe(batches)}."
             )
         before = len(rows)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(_in_numpy(owner, batches, path)):
             rows.append(leaves_of(_checked(owner, batch, type_.element, f"{path}/batch {number}".lstrip("/"))))
         lengths.append(len(rows) - before)
     tensors = tensor_types(type_.element)
@@ -164,6 +176,15 @@ def _column_of_batches(owners: Sequence[str], values: Sequence[Any], type_: fl.S
         else tuple(np.zeros((0, *tensor.shape), storage_dtype(tensor)) for tensor in tensors)
     )
     return SequenceColumn(type_.element, leaves, np.cumsum(sizes) - sizes, sizes, rows_per_batch=None, masked=False)
+
+
+def _in_numpy(owner: str, batches: Iterable[Any], path: str) -> Iterable[Any]:
+    if not is_dataset(batches):
+        return batches
+    try:
+        return batches_of(batches)
+    except StructureError as error:
+        raise CohortError(f"{error} This is the value{_where(owner, path)}.") from error
 
 
 def _column_of_examples(

@@ -25,6 +25,7 @@ from fedlens.errors import UnsupportedError
 from fedlens.language.types import argument_fields
 from fedlens.runtime.context import Context, Outcome, engine_of, is_asynchronous
 from fedlens.runtime.engine import Engine, OnNonFinite
+from fedlens.runtime.minimum import checked_min_clients
 
 _CALLS_UNDER_WAY = 2
 
@@ -36,11 +37,13 @@ class AsyncContext(framework.AsyncContext):
 
     Attributes:
       engine: what executes the stages.
+      min_clients: how many clients an aggregate has to be over, see `use`.
     """
 
-    def __init__(self, engine: Engine):
-        """Takes the engine that executes the stages."""
+    def __init__(self, engine: Engine, min_clients: int = 1):
+        """Takes the engine that executes the stages, and how many clients an aggregate has to be over."""
         self.engine = engine
+        self.min_clients = checked_min_clients(min_clients)
 
     async def invoke(self, comp: framework.ConcreteComputation, arg: Any) -> Any:
         """Runs `comp` on `arg`; called by the language when a computation is called."""
@@ -83,7 +86,7 @@ class AsyncContext(framework.AsyncContext):
         cancelled = threading.Event()
 
         def work() -> Any:
-            context = Context(self.engine)
+            context = Context(self.engine, self.min_clients)
             try:
                 # What user code calls in this thread runs on the same engine, and at once.
                 with framework.get_context_stack().install(context):
@@ -99,7 +102,7 @@ class AsyncContext(framework.AsyncContext):
             raise
 
 
-def async_context(engine: str | Engine = "local") -> AsyncContext:
+def async_context(engine: str | Engine = "local", *, min_clients: int = 1) -> AsyncContext:
     """A context in which a call of a computation is a coroutine.
 
     Example:
@@ -110,11 +113,12 @@ def async_context(engine: str | Engine = "local") -> AsyncContext:
 
     Args:
       engine: "local", "debug", or an engine.
+      min_clients: how many clients an aggregate has to be over, see `use`.
 
     Raises:
-      ConfigError: there is no engine of that name.
+      ConfigError: there is no engine of that name, or `min_clients` is below 1.
     """
-    return AsyncContext(engine_of(engine))
+    return AsyncContext(engine_of(engine), min_clients)
 
 
 async def awaited(argument: Any) -> Any:

@@ -54,6 +54,7 @@ def run_chunk(
     counts: Int[Array, " devices"],
     watch: Watch,
     alone: bool,
+    memory: dict[str, list[jax.Array]] | None,
 ) -> tuple[Any, dict[str, list[jax.Array]], _Seen]:
     """The program of a client stage over one chunk.
 
@@ -68,19 +69,19 @@ def run_chunk(
       counts: how many clients each device has.
       watch: what to look for infinities in.
       alone: whether there is no other chunk, so that the accumulators can be turned into results at once.
+      memory: where to write the outputs to, see `RowMemory`; None makes room for them.
 
     Returns:
       The accumulators, or if `alone` what `results` makes of them; the outputs, [devices * capacity, *leaf]; what was
       seen: of each client, [devices * capacity, ...], and whether all passed, [devices].
     """
 
-    def share(shared: dict[str, Any], packed: list[list[jax.Array]], counts: jax.Array) -> Any:
+    def share(
+        shared: dict[str, Any], packed: list[list[jax.Array]], counts: jax.Array, memory: dict[str, Any] | None
+    ) -> Any:
         start = (
             {step.name: reductions.zeros(step, shared, inline) for step in stage.reductions},
-            {
-                name: [jnp.zeros((capacity, *tensor.shape), tensor.dtype) for tensor in tensor_types(type_)]
-                for name, type_ in zip(stage.outputs, stage.output_types, strict=True)
-            },
+            memory if memory is not None else _no_rows(stage, capacity),
             _nothing_seen(stage, watch, capacity),
         )
         of_client = partial(_client, stage, layouts, shared, packed)
@@ -100,11 +101,18 @@ def run_chunk(
     total, rows, seen = jax.shard_map(
         noted(share),
         mesh=mesh,
-        in_specs=(everywhere, spread, spread),
+        in_specs=(everywhere, spread, spread, spread),
         out_specs=(everywhere, spread, spread),
         check_vma=False,
-    )(shared, packed, counts)
+    )(shared, packed, counts, memory)
     return noted(partial(results, stage))(total, shared) if alone else total, rows, seen
+
+
+def _no_rows(stage: ClientStage, capacity: int) -> dict[str, list[jax.Array]]:
+    return {
+        name: [jnp.zeros((capacity, *tensor.shape), tensor.dtype) for tensor in tensor_types(type_)]
+        for name, type_ in zip(stage.outputs, stage.output_types, strict=True)
+    }
 
 
 def _client(

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import federated_language as fl
 import jax
@@ -20,17 +20,17 @@ import numpy as np
 from federated_language import framework
 
 from fedlens import trees
-from fedlens.compiler import ClientStage, Input, Plan, ServerStage, segments
-from fedlens.compiler.normalize import PARAMETER
+from fedlens.compiler import ClientStage, Plan, ServerStage, segments
 from fedlens.errors import CohortError, ConfigError, StructureError, UnsupportedError
-from fedlens.language.types import argument_fields, matched_fields
+from fedlens.language.types import argument_fields
 from fedlens.runtime import stage_log
-from fedlens.runtime.arguments import as_cohort, column_of, join, server_value
+from fedlens.runtime.arguments import as_cohort, column_of, join, part_of, server_value
 from fedlens.runtime.columns import Column, TensorColumn
 from fedlens.runtime.debug import Debug
-from fedlens.runtime.engine import Engine, OnNonFinite, StageCohort
+from fedlens.runtime.engine import Engine, OnNonFinite, StageCohort, check_on_nonfinite
 from fedlens.runtime.interpreter import eager, evaluate
 from fedlens.runtime.local import Local
+from fedlens.runtime.minimum import checked_min_clients, refuse_few
 from fedlens.runtime.plans import plan_of
 from fedlens.runtime.results import client_results, handed_out
 from fedlens.runtime.sequences import client_values
@@ -64,9 +64,10 @@ class Outcome:
 class Context(framework.SyncContext):
     """Runs computations on one engine."""
 
-    def __init__(self, engine: Engine):
-        """Takes the engine that executes the stages."""
+    def __init__(self, engine: Engine, min_clients: int = 1):
+        """Takes the engine that executes the stages, and how many clients an aggregate has to be over."""
         self.engine = engine
+        self.min_clients = checked_min_clients(min_clients)
 
     def invoke(self, comp: framework.ConcreteComputation, arg: Any) -> Any:
         """Runs `comp` on `arg`; called by the language when a computation is called."""
@@ -103,34 +104,24 @@ class Context(framework.SyncContext):
           CohortError: the cohorts of the call do not fit together, or a client's value is not of its type.
           StructureError: a server value is not of its type.
           NonFiniteError: see `on_nonfinite`.
+          DisclosureError: an aggregate is over fewer clients than the context's `min_clients`.
           ConfigError: `on_nonfinite` is none of its values.
           UnsupportedError: the computation needs something that fedlens does not execute.
           CancelledError: `cancelled` was set.
         """
         check_on_nonfinite(on_nonfinite)
-        run = _Run(self.engine, plan_of(computation), computation.type_signature, on_nonfinite, sink)
+        run = _Run(self, plan_of(computation), computation.type_signature, on_nonfinite, sink)
         return run(argument, cancelled)
-
-
-def check_on_nonfinite(on_nonfinite: str) -> None:
-    """Checks that `on_nonfinite` is one of its values.
-
-    Raises:
-      ConfigError: it is not.
-    """
-    if on_nonfinite not in get_args(OnNonFinite):
-        raise ConfigError(
-            f"Expected one of {', '.join(get_args(OnNonFinite))} for on_nonfinite, found {on_nonfinite!r}."
-        )
 
 
 class _Run:
     """One run of a plan: what is known so far under the names of its inputs and steps."""
 
     def __init__(
-        self, engine: Engine, of: Plan, type_: fl.FunctionType, on_nonfinite: OnNonFinite, sink: ResultSink | None
+        self, context: Context, of: Plan, type_: fl.FunctionType, on_nonfinite: OnNonFinite, sink: ResultSink | None
     ):
-        self._engine = engine
+        self._engine = context.engine
+        self._min_clients = context.min_clients
         self._plan = of
         self._parameter_type = type_.parameter
         self._result_type = type_.result
@@ -147,6 +138,7 @@ class _Run:
         with stage_log.timed("arguments", lambda: {"clients": len(self._ids)}), stage_log.phase("packing"):
             self._bind(argument)
         stages = self._plan.stages
+        self._refuse_few(*stages)
         started: dict[str, Any] | None = None  # what a server stage gives that is under way already
         outcome: Outcome | None = None
         for number, stage in enumerate(stages):
@@ -164,7 +156,7 @@ class _Run:
                             following = next(iter(stages[number + 1 :]), None)
                             if isinstance(following, ServerStage) and not (segments(following) or stage_log.is_on()):
                                 started = self._engine.run_server(following, self._server)
-                                if following is stages[-1]:
+                                if following is stages[-1] and not stage.outputs:
                                     self._server |= started
                                     outcome = self._outcome()
                             confirm()
@@ -180,7 +172,7 @@ class _Run:
     def _bind(self, argument: Any) -> None:
         cohorts = {}
         for each in self._plan.inputs:
-            value = _part(argument, self._parameter_type, each)
+            value = part_of(argument, self._parameter_type, each)
             if each.at_clients:
                 cohorts[each.name] = as_cohort(value, each.name)
             else:
@@ -230,15 +222,27 @@ class _Run:
             forward if streamed else None,
             self._on_nonfinite,
         )
+        self._refuse_few(stage, dropped=len(result.dropped))
         self._dropped.update(int(position) for position in result.dropped)
         self._server |= result.reductions
-        for name, parts in result.outputs.items():
-            values = self._outputs[name] = ClientValues(self._ids, types[name], parts)
-            if name in needed_later:
-                self._columns[name] = TensorColumn(types[name], tuple(values.stacked_leaves()), len(self._ids))
-        if self._sink is not None and not streamed:
-            forward(result.outputs)
-        return result.confirm
+
+        def take_outputs() -> None:
+            if result.confirm is not None:
+                result.confirm()
+            for name, parts in result.outputs.items():
+                values = self._outputs[name] = ClientValues(self._ids, types[name], parts)
+                if name in needed_later:
+                    self._columns[name] = TensorColumn(types[name], tuple(values.stacked_leaves()), len(self._ids))
+            if self._sink is not None and not streamed:
+                forward(result.outputs)
+
+        if result.confirm is not None:
+            return take_outputs
+        take_outputs()
+        return None
+
+    def _refuse_few(self, *stages: ServerStage | ClientStage, dropped: int = 0) -> None:
+        refuse_few(self._plan, stages, self._result_type, len(self._ids), dropped, self._min_clients)
 
     def _cohort(self, stage: ClientStage) -> StageCohort:
         return StageCohort(self._ids, {name: self._columns[name] for name in stage.columns}, self._chunk_size)
@@ -270,15 +274,6 @@ class _Run:
                 f"Expected a result made of tensors of known shape, found {member}: clients' data is not handed back."
             )
         return ClientValues(self._ids, member, [Part(np.arange(len(self._ids)), column.leaves)])
-
-
-def _part(argument: Any, type_: fl.Type, each: Input) -> Any:
-    """The part of an argument of type `type_` at an input's path; fields of a dict are found by name."""
-    value, name = argument, PARAMETER
-    for index in each.path:
-        value, type_ = matched_fields(value, type_, name)[index], type_[index]
-        name += f"[{index}]"
-    return value
 
 
 def is_asynchronous(argument: Any) -> bool:
@@ -340,7 +335,9 @@ def engine_of(engine: str | Engine) -> Engine:
 
 
 @contextmanager
-def use(engine: str | Engine | framework.SyncContext | framework.AsyncContext) -> Iterator[Any]:
+def use(
+    engine: str | Engine | framework.SyncContext | framework.AsyncContext = "local", *, min_clients: int | None = None
+) -> Iterator[Any]:
     """Runs the computations that are called inside on another engine, or in another context, in this thread.
 
     Example:
@@ -354,12 +351,16 @@ def use(engine: str | Engine | framework.SyncContext | framework.AsyncContext) -
 
     Args:
       engine: "local", "debug", an engine; or a context, such as `fed.async_context()` or `fed.program_context()`.
+      min_clients: how many clients an aggregate has to be over, those left out as not finite not counted; an aggregate
+        over fewer, and whatever derives from it, is refused with a `DisclosureError`. 1 if not given.
 
     Raises:
-      ConfigError: there is no engine of that name.
+      ConfigError: there is no engine of that name; `min_clients` is below 1, or given with a context.
     """
     is_context = isinstance(engine, framework.SyncContext | framework.AsyncContext)
-    context = engine if is_context else Context(engine_of(engine))
+    if is_context and min_clients is not None:
+        raise ConfigError("Expected min_clients with an engine, found it with a context. Give it to the context.")
+    context = engine if is_context else Context(engine_of(engine), 1 if min_clients is None else min_clients)
     with framework.get_context_stack().install(context):
         yield context
 

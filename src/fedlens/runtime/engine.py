@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
 from fedlens.compiler import ClientStage, ServerStage
-from fedlens.errors import NonFiniteError
+from fedlens.compiler.operations import ELEMENTS
+from fedlens.compiler.origins import MAP, moves
+from fedlens.compiler.tap_points import EVAL
+from fedlens.errors import ConfigError, NonFiniteError
 from fedlens.language.types import num_bytes
 from fedlens.runtime.checks import checked_leaves
 from fedlens.runtime.columns import Column
@@ -19,7 +22,7 @@ from fedlens.runtime.values import Part
 
 OnNonFinite = Literal["ignore", "raise", "drop"]
 
-_CHUNK_BYTES = 512 * 1024 * 1024  # of inputs and outputs of the clients that are computed at once
+_CHUNK_BYTES = 512 * 1024 * 1024  # of what the clients that are computed at once read and compute
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,27 @@ class StageCohort:
         """The positions of the clients, in the pieces in which they are computed.
 
         Where a chunk ends depends on the cohort and the stage alone, never on the engine: partial sums are then the
-        same whoever computes them. A chunk's inputs and outputs fit in 512 MiB.
+        same whoever computes them. They do not depend on what is handed out either, so that a tap changes no bit of a
+        sum: a chunk's inputs and all that its clients compute fit in 512 MiB, whether it leaves them or not.
         """
         size = self.chunk_size
         if size is None:
             a_client = sum(self.columns[name].bytes_per_client() for name in stage.columns)
-            a_client += sum(num_bytes(type_) for type_ in stage.output_types)
+            a_client += _computed_bytes(stage)
             size = max(_CHUNK_BYTES // max(a_client, 1), 1)
         everyone = np.arange(len(self.ids))
         return [everyone[start : start + size] for start in range(0, len(everyone), size)]
+
+
+def _computed_bytes(stage: ClientStage) -> int:
+    """The bytes that a client computes in a stage; selections and zips of them are not counted again."""
+    computing = [
+        step
+        for step in stage.body
+        if step.operation in (ELEMENTS, EVAL)
+        or (step.operation == MAP and not moves(step.part(0)) and not step.is_lazy)
+    ]
+    return sum(num_bytes(step.type) for step in computing)
 
 
 @dataclass(frozen=True)
@@ -59,8 +74,9 @@ class StageResult:
       reductions: step name -> positional server value.
       outputs: step name -> the clients' values; empty when they went to a sink.
       dropped: positions of the clients that were left out of the reductions, as their values were not finite.
-      confirm: waits for the clients, and raises if one sent what it may not; None if that is done. An engine may leave
-        it to its caller, who can start what comes next in the meantime, and must not hand out anything before.
+      confirm: waits for the clients, fills in `outputs`, and raises if one sent what it may not; None if that is done.
+        An engine may leave it to its caller, who can start what comes next in the meantime, and must not hand out
+        anything before.
     """
 
     reductions: Mapping[str, Any]
@@ -101,6 +117,18 @@ class Engine(Protocol):
 
     def run_server(self, stage: ServerStage, environment: Mapping[str, Any]) -> dict[str, Any]:
         """Runs the steps of a server stage; returns the values of `stage.outputs`."""
+
+
+def check_on_nonfinite(on_nonfinite: str) -> None:
+    """Checks that `on_nonfinite` is one of its values.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if on_nonfinite not in get_args(OnNonFinite):
+        raise ConfigError(
+            f"Expected one of {', '.join(get_args(OnNonFinite))} for on_nonfinite, found {on_nonfinite!r}."
+        )
 
 
 def check_finite(

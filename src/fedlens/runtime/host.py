@@ -141,6 +141,8 @@ class _ComputedChunk:
                 }
             else:
                 result = self._engine.run_clients(segment.stage, shared, of_segment)
+                if result.confirm is not None:
+                    result.confirm()
                 handed_out = {name: _column_of_parts(ids, types[name], result.outputs[name]) for name in types}
             columns |= handed_out
             found |= handed_out

@@ -33,11 +33,12 @@ from fedlens.runtime.host import run_segments, run_server_segments
 from fedlens.runtime.interpreter import calls_local_computation, eager, evaluate_stage, inline
 from fedlens.runtime.lowering import lowered_for_cpu
 from fedlens.runtime.replicas import on_all_devices
+from fedlens.runtime.rows import RowMemory
 from fedlens.runtime.sequences import without_python_lengths
 from fedlens.runtime.values import Part
 
 _GROUP = 16  # clients; 32 and 64 were no faster
-_TINY = 16 * 1024  # bytes of what a client computes; 16 of them then fit into a core's cache
+_TINY = 16 * 1024  # bytes of what a client sends; 16 of them then fit into a core's cache
 _MANY = 16 * _GROUP  # clients of a device
 _MANY_TO_DEAL = 4096  # clients; dealing each to the least loaded device would be a Python loop over all of them
 _WATCH: dict[OnNonFinite, Watch] = {"ignore": "nothing", "raise": "sums", "drop": "drop"}
@@ -97,8 +98,9 @@ class Local:
             return 1  # a group would hold the rows of all clients once for each of its own
         if self.clients_per_step is not None:
             return self.clients_per_step
-        values = [reductions.sent_type(step) for step in stage.reductions]
-        tiny = sum(map(num_bytes, (*values, *stage.output_types))) <= _TINY
+        # By what is reduced alone if anything is: what is handed out beside it must not change the order of a sum.
+        values = [reductions.sent_type(step) for step in stage.reductions] or list(stage.output_types)
+        tiny = sum(map(num_bytes, values)) <= _TINY
         many = len(cohort.chunks(stage)[0]) >= _MANY * len(self.devices)
         return _GROUP if tiny and many and stage not in self._one_by_one else 1
 
@@ -111,22 +113,23 @@ class Local:
         on_nonfinite: OnNonFinite,
         group: int,
     ) -> StageResult:
-        run_chunk, finish = self._client_programs(stage)
+        run_chunk, finish, memory = self._client_programs(stage)
         outputs: dict[str, list[Part]] = {name: [] for name in stage.outputs}
         dropped: list[np.ndarray] = []
         total: Any = None
-        computing: tuple[list[Share], Any, Callable[[Watch, bool], Any]] | None = None
+        computing: tuple[list[Share], Any, Callable[..., Any], bool] | None = None
 
-        def take(shares: list[Share], results: Any, compute: Callable[[Watch, bool], Any]) -> None:
+        def take(shares: list[Share], results: Any, compute: Callable[..., Any], is_lent: bool) -> None:
             """Hands out what a chunk computed; called when the next one is under way."""
             rows, seen, sums = results
             jax.block_until_ready(sums)  # no more than two chunks under way: JAX 0.10 deadlocked on many
             if on_nonfinite == "drop":
                 dropped.append(_check_chunk(stage, cohort.ids, shares, seen, on_nonfinite))
             if "passed" in seen and not to_host(seen["passed"]).all():
-                *_, of_clients = compute("clients", alone)  # once more, to see whose it was
+                *_, of_clients = compute("clients", alone, memory.take(capacity))  # once more, to see whose it was
                 _check_chunk(stage, cohort.ids, shares, of_clients, on_nonfinite)
-            parts = {name: self._parts(shares, rows[name]) for name in stage.outputs}
+            arrays = memory.lend(rows) if is_lent else {name: self._of_devices(rows[name]) for name in stage.outputs}
+            parts = {name: _parts(shares, arrays[name]) for name in stage.outputs}
             if sink is not None:
                 sink(parts)
             else:
@@ -147,11 +150,12 @@ class Local:
                     capacity = max(-(-bucket(max(len(share) for share in shares)) // group) * group, capacity)
                     packed, counts, layouts = self._pack(stage, cohort, shares, capacity, group)
                 compute = partial(run_chunk, capacity, group, layouts, held, packed, counts)
-                sums, rows, seen = compute(_WATCH[on_nonfinite], alone)
+                room = memory.take(capacity)
+                sums, rows, seen = compute(_WATCH[on_nonfinite], alone, room)
                 total = sums if total is None else finish.merge(total, sums, read_after)
                 if computing is not None:
                     take(*computing)
-                computing = shares, (rows, seen, sums), compute
+                computing = shares, (rows, seen, sums), compute, room is not None
             # Under way while the last chunk is awaited.
             results, fits = total if alone else finish.finish(total, read_after)
 
@@ -161,8 +165,8 @@ class Local:
                     take(*computing)
                 checks.refuse_unfit(stage, {name: to_host(flags) for name, flags in fits.items()})
 
-        if not stage.outputs and sink is None and on_nonfinite != "drop":
-            return StageResult(results, {}, np.zeros(0, np.int64), confirm)
+        if sink is None and on_nonfinite != "drop":
+            return StageResult(results, outputs, np.zeros(0, np.int64), confirm)
         confirm()
         positions = np.concatenate([np.zeros(0, np.int64), *dropped])
         return StageResult(results, {} if sink is not None else outputs, positions)
@@ -185,12 +189,15 @@ class Local:
             results: dict[str, Any] = program(on_all_devices(without_python_lengths(read), self._everywhere))
         return results
 
-    def _client_programs(self, stage: ClientStage) -> tuple[Callable[..., Any], _Finish]:
+    def _client_programs(self, stage: ClientStage) -> tuple[Callable[..., Any], _Finish, RowMemory]:
         programs = self._programs.get(stage)
         if programs is None:
             own = replace(stage)  # as in run_server
-            run_chunk = jax.jit(partial(chunk_program.run_chunk, own, self._mesh), static_argnums=(0, 1, 2, 6, 7))
-            programs = self._programs[stage] = run_chunk, _Finish(own)
+            run_chunk = jax.jit(
+                partial(chunk_program.run_chunk, own, self._mesh), static_argnums=(0, 1, 2, 6, 7), donate_argnums=8
+            )
+            memory = RowMemory(own, self._by_device, self._in_place)
+            programs = self._programs[stage] = run_chunk, _Finish(own), memory
         return programs
 
     def _deal(
@@ -248,17 +255,18 @@ class Local:
             for leaf in leaves
         ]
 
-    def _parts(self, shares: list[Share], leaves: Sequence[jax.Array]) -> list[Part]:
-        by_device = [[to_host(rows) for rows in self._device_rows(leaf)] for leaf in leaves]
-        return [
-            Part(share, tuple(leaf[device][: len(share)] for leaf in by_device))
-            for device, share in enumerate(shares)
-            if len(share)
-        ]
+    def _of_devices(self, leaves: Sequence[jax.Array]) -> list[list[np.ndarray]]:
+        """For each leaf the rows of each device, in host memory."""
+        of_device = [{piece.device: piece.data for piece in leaf.addressable_shards} for leaf in leaves]
+        return [[to_host(rows[device]) for device in self.devices] for rows in of_device]
 
-    def _device_rows(self, leaf: jax.Array) -> list[jax.Array]:
-        of_device = {piece.device: piece.data for piece in leaf.addressable_shards}
-        return [of_device[device] for device in self.devices]
+
+def _parts(shares: list[Share], leaves: Sequence[Sequence[np.ndarray]]) -> list[Part]:
+    return [
+        Part(share, tuple(rows[device][: len(share)] for rows in leaves))
+        for device, share in enumerate(shares)
+        if len(share)
+    ]
 
 
 class _Finish:

@@ -24,8 +24,8 @@ from federated_language.common_libs import structure
 from fedlens import trees
 from fedlens.errors import ConfigError, UnsupportedError
 from fedlens.runtime.asynchronous import AsyncContext
-from fedlens.runtime.context import Outcome, check_on_nonfinite, engine_of
-from fedlens.runtime.engine import Engine, OnNonFinite
+from fedlens.runtime.context import Outcome, engine_of
+from fedlens.runtime.engine import Engine, OnNonFinite, check_on_nonfinite
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,11 @@ class _Reference(fl.program.MaterializableValueReference):
 
 
 def program_context(
-    engine: str | Engine = "local", *, sink: ProgramSink | None = None, on_nonfinite: OnNonFinite = "ignore"
+    engine: str | Engine = "local",
+    *,
+    sink: ProgramSink | None = None,
+    on_nonfinite: OnNonFinite = "ignore",
+    min_clients: int = 1,
 ) -> ProgramContext:
     """A context for federated programs: the language's `NativeFederatedContext`, and a way out for local models.
 
@@ -149,12 +153,13 @@ def program_context(
         a time, in a thread of fedlens.
       on_nonfinite: what to do with a client that sends infinities or NaNs into a reduction: "raise" names client and
         leaf, "drop" leaves it out, "ignore" aggregates it.
+      min_clients: how many clients an aggregate has to be over, see `use`.
 
     Raises:
-      ConfigError: there is no engine of that name, or `on_nonfinite` is none of its values.
+      ConfigError: there is no engine of that name, `on_nonfinite` is none of its values, or `min_clients` is below 1.
     """
     check_on_nonfinite(on_nonfinite)
-    return ProgramContext(AsyncContext(engine_of(engine)), sink, on_nonfinite)
+    return ProgramContext(AsyncContext(engine_of(engine), min_clients), sink, on_nonfinite)
 
 
 def _template(type_: fl.Type) -> Any:
