@@ -79,8 +79,9 @@ def run(
       The last state, the metrics by round, and the ledger.
 
     Raises:
-      ConfigError: `rounds` is below 1, an argument is no integer, or `config` has the key "study", under which the
-        ledger keeps these arguments.
+      ConfigError: `rounds` is below 1, an argument is no integer, `config` has the key "study", under which the
+        ledger keeps these arguments, or the process does not know its model and there is test data.
+      DisclosureError: there is a ledger, and a secure sum or differential privacy protects the local models.
       DataError: `clients_per_round` is more than there are.
       LedgerError: the ledger exists already, or cannot be written.
     """
@@ -88,6 +89,7 @@ def run(
     if config is not None and _STUDY in config:
         raise ConfigError(f"Expected a config without the key {_STUDY!r}, which fed.run fills, found one. Rename it.")
     # What does not fit is refused before a ledger exists.
+    _check_evaluable(process, test)
     process.check(data.cohort(0, clients_per_round=clients_per_round, seed=seed))
     state = process.initialize(seed)
     if ledger is None:
@@ -124,8 +126,10 @@ def resume(
       on_round: called after every round.
 
     Raises:
+      ConfigError: the process does not know its model, and there is test data.
       LedgerError: the ledger cannot be read or written, was not made by `run`, or holds the state of another process.
     """
+    _check_evaluable(process, test)
     with LedgerWriter.open(ledger) as writer:
         so_far = Ledger(ledger)
         plan = _Plan.from_config(so_far.config, ledger)
@@ -135,6 +139,14 @@ def resume(
             state = _restored(state, writer.checkpoint(), ledger)
         finished = _Study(process, data, plan, test, writer, progress, on_round).go(state, history)
     return Run(finished.state, finished.history, Ledger(ledger))
+
+
+def _check_evaluable(process: LearningProcess, test: FederatedData | None) -> None:
+    if test is not None and process.model is None:
+        raise ConfigError(
+            "Expected a process that knows its model, to evaluate it on the test data, found none. "
+            "Give fed.learning.from_computations the model, or leave out test."
+        )
 
 
 @dataclass(frozen=True)
@@ -188,11 +200,6 @@ class _Study:
         progress: bool,
         on_round: Callable[[RoundReport], None] | None,
     ):
-        if test is not None and process.model is None:
-            raise ConfigError(
-                "Expected a process that knows its model, to evaluate it on the test data, found none. "
-                "Give fed.learning.from_computations the model, or leave out test."
-            )
         self._process = process.with_local_models() if writer is not None else process
         self._data = data
         self._plan = plan

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fedlens as fed
-from fedlens.errors import ConfigError, DisclosureError
+from fedlens.errors import ConfigError, DisclosureError, StructureError
 
 KEY = fed.TensorType(np.uint32, (2,))
 
@@ -26,7 +26,9 @@ def numbers():
     return fed.data.FederatedData.from_clients(clients)
 
 
-def build(data, returned="weights", *, keys=False, secure=False, count="num_examples"):
+def build(
+    data, returned="weights", *, keys=False, secure=False, count="num_examples", share=None, measure=jnp.linalg.norm
+):
     """Linear regression, one step a batch, written by hand; what the client work returns is named by the arguments."""
     weights_type = fed.TensorType(np.float32, (4,))
     batches = fed.SequenceType(fed.batch_type(data.element_type, 4))
@@ -51,7 +53,8 @@ def build(data, returned="weights", *, keys=False, secure=False, count="num_exam
         trained, seen = data.reduce((weights, jnp.int32(0)), step)
         trained = trained + noise
         model = {"weights": trained, "update": trained - weights, "other": trained}[returned]
-        return {returned: model, count: seen, "metrics": {"norm": jnp.linalg.norm(trained)}, "as_number": jnp.int32(7)}
+        seen = seen if share is None else seen * jnp.float32(share)
+        return {returned: model, count: seen, "metrics": {"norm": measure(trained)}, "as_number": jnp.int32(7)}
 
     def train(weights, data):
         return trained_by(weights, data, 0)
@@ -142,9 +145,29 @@ def test_client_work_without_a_model_or_a_count(numbers, names):
         build(numbers, **names).with_local_models()
 
 
-def test_evaluation_needs_the_model(numbers):
+def test_evaluation_needs_the_model(numbers, tmp_path):
     with pytest.raises(ConfigError, match="Expected a process that knows its model"):
-        fed.run(build(numbers), numbers, rounds=1, test=numbers, progress=False)
+        fed.run(build(numbers), numbers, rounds=1, test=numbers, ledger=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_weight_counts_examples_in_whole_numbers(numbers, share):
+    process = build(numbers, count="weight", share=share).with_local_models()
+    state, cohort = process.initialize(0), numbers.cohort(0)
+    if share == 1:
+        *_, local_models = process.next(state, cohort)
+        assert [model.num_examples for model in local_models] == [3, 4, 5, 6, 7]
+        return
+    with pytest.raises(
+        StructureError, match=r"whole number of examples in 'client_work\.weight', found 1\.5 in client 'c0'"
+    ):
+        process.next(state, cohort)
+
+
+def test_metrics_are_numbers(numbers):
+    with pytest.raises(ConfigError, match=r"Expected numbers in the field 'metrics' of what train returns"):
+        build(numbers, measure=lambda weights: weights).with_local_models()
 
 
 def test_computations_of_other_types(numbers):

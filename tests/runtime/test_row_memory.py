@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fedlens as fed
-from fedlens.runtime import Local
+from fedlens.runtime import Local, rows
 
 CLIENTS, LENGTH = 40, 20_000  # 3.2 MB of float32: worth keeping
 
@@ -98,11 +98,34 @@ def test_memory_that_nobody_holds_is_used_again(engine, cohort, vectors):
     check(third, vectors, 3)
 
 
+def test_no_more_is_kept_than_a_little(engine, cohort, vectors, monkeypatch):
+    monkeypatch.setattr(rows, "_KEPT", int(2.5 * 6 * LENGTH * CLIENTS))  # float32 and bfloat16 of two rounds
+    with fed.use(Local(engine.devices)) as context:
+        held = [work(cohort, scale) for scale in range(4)]
+        for scale, values in enumerate(held):
+            check(values, vectors, scale)
+        del held, values
+        gc.collect()
+        ((_, _, memory),) = context.engine._programs.values()
+        assert len(memory._spare) == 2
+
+
 def test_cohorts_of_other_sizes(engine, vectors):
     with fed.use(engine):
         for clients in (CLIENTS, 25, 1, CLIENTS, 13, 25):
             values = work(fed.Cohort(list(vectors[:clients])), 2)
             np.testing.assert_array_equal(values.stacked["scaled"], vectors[:clients] * 2)
+
+
+def test_rows_of_another_capacity_are_not_taken(engine, cohort):
+    with fed.use(Local(engine.devices)) as context:
+        work(cohort, 1)
+        ((_, _, memory),) = context.engine._programs.values()
+        small = memory.take(30)
+        assert memory.take(50)["federated_map_2"][0].shape == (50 * len(engine.devices), LENGTH)
+        memory.lend(small)  # and dropped at once, as the first chunk is when the second is larger
+        assert memory.take(50)["federated_map_2"][0].shape == (50 * len(engine.devices), LENGTH)
+        assert memory.take(30)["federated_map_2"][0].shape == (30 * len(engine.devices), LENGTH)
 
 
 def test_what_is_handed_out_cannot_be_written_to(engine, cohort):

@@ -18,7 +18,7 @@ from federated_language import framework
 from fedlens import trees
 from fedlens.compiler import Level, tap, taps
 from fedlens.compiler.levels import join
-from fedlens.errors import ConfigError
+from fedlens.errors import ConfigError, StructureError
 from fedlens.language.types import leaf_paths, tensor_types
 from fedlens.learning.local_models import LocalModels
 from fedlens.learning.metrics import EXAMPLES
@@ -63,8 +63,12 @@ class Capture:
         return tuple(name for name in (self.model, self.num_examples, self.measured) if name is not None)
 
     def local_models(self, tapped: Mapping[str, ClientValues], global_weights: Any) -> LocalModels:
-        """What the taps handed out, as local models of clients that started from `global_weights`."""
-        model, counts = tapped[self.model], tapped[self.num_examples]
+        """What the taps handed out, as local models of clients that started from `global_weights`.
+
+        Raises:
+          StructureError: a client counts its examples in fractions.
+        """
+        model, counts = tapped[self.model], _whole(tapped[self.num_examples], self.num_examples)
         fields = [(EXAMPLES, counts), (WEIGHTS, _added(global_weights, model) if self.is_update else model)]
         measured = [] if self.measured is None else _measured(tapped[self.measured], self.are_sums)
         return LocalModels(_side_by_side([(METRICS, _side_by_side(measured, counts)), *fields]), global_weights)
@@ -74,8 +78,8 @@ def capture_of(round_: framework.ConcreteComputation, weights_type: fl.Type) -> 
     """The taps of a round whose global model has the type `weights_type`.
 
     Raises:
-      ConfigError: the round has no client work or several; or the client work returns no model of this type, or no
-        number of examples.
+      ConfigError: the round has no client work or several; or the client work returns no model of this type, no
+        number of examples, or metrics that are no numbers.
     """
     (work,) = taps(round_, at=WORK)
     fields = dict(work.type.items()) if isinstance(work.type, fl.StructType) else {}
@@ -91,6 +95,11 @@ def capture_of(round_: framework.ConcreteComputation, weights_type: fl.Type) -> 
     sums, means = fields.get(SUMS), fields.get(METRICS)
     are_sums = isinstance(sums, fl.StructType) and EXAMPLES in dict(sums.items())
     measured = SUMS if are_sums else METRICS if isinstance(means, fl.StructType) else None
+    if measured is not None and not all(map(_is_measurement, tensor_types(fields[measured]))):
+        raise ConfigError(
+            f"Expected numbers in the field {measured!r} of what {work.function or WORK} returns, found "
+            f"{fields[measured]}. Return arrays in a field of another name, and take them with fed.tap."
+        )
     names = [f"{WORK}.{name}" for name in (model, count, measured) if name is not None]
     described = taps(round_, at=names)
     return Capture(
@@ -121,6 +130,25 @@ def _is_model(type_: fl.Type | None, weights_type: fl.Type) -> bool:
 
 def _is_number(type_: fl.Type | None) -> bool:
     return isinstance(type_, fl.TensorType) and type_.shape == () and type_.dtype.kind in "iuf"
+
+
+def _is_measurement(type_: fl.TensorType) -> bool:
+    return type_.shape == () and type_.dtype.kind in "biufV"  # V: bfloat16 and the like
+
+
+def _whole(counts: ClientValues, name: str) -> ClientValues:
+    """Numbers of examples as integers."""
+    if counts.type.dtype.kind in "iu":
+        return counts
+    (column,) = counts.stacked_leaves()
+    fractions = np.flatnonzero(column != np.floor(column))
+    if len(fractions):
+        raise StructureError(
+            f"Expected a whole number of examples in {name!r}, found {column[fractions[0]]} in client "
+            f"{counts.ids[fractions[0]]!r}. Return how many there were as {EXAMPLES!r} beside it."
+        )
+    parts = [Part(part.positions, (part.leaves[0].astype(np.int64),)) for part in counts.parts]
+    return ClientValues(counts.ids, fl.TensorType(np.int64), parts)
 
 
 def _added(global_weights: Any, updates: ClientValues) -> ClientValues:

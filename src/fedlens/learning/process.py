@@ -1,8 +1,8 @@
 """`LearningProcess`: rounds of federated learning, as computations of the language with a Python face.
 
 A round is one federated computation of the server's state, a PRNG key for each client, and the clients' batches. `next`
-derives the keys, so that what a client computes depends on its id, its data, the round and the
-state, and on nothing else.
+derives the keys, so that what a client computes depends on its id, its data, the round and the state, and on nothing
+else.
 """
 
 from __future__ import annotations

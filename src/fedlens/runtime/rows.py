@@ -23,7 +23,9 @@ from fedlens.language.types import num_bytes, tensor_types
 Rows = dict[str, list[jax.Array]]  # output -> its leaves, each [devices * capacity, *leaf], spread over the devices
 
 _WORTH_KEEPING = 1 << 20  # bytes; for less the program makes its own
-_KEPT = 2  # what a caller drops together: the round that it held, and the one before
+# Bytes that a stage keeps while nobody uses them. Twice the rows of W2 fit: what a caller drops together is the round
+# that it held, and the one before. Chunks of W5 do not, which would raise its peak by a third.
+_KEPT = 128 << 20
 
 
 class RowMemory:
@@ -45,12 +47,12 @@ class RowMemory:
         What is in them is undefined.
         """
         count = capacity * self._by_device.num_devices
-        if not self._in_place or self._bytes * count < _WORTH_KEEPING:
+        if not self._in_place or not _WORTH_KEEPING <= self._bytes * count <= _KEPT:
             return None
         if capacity != self._capacity:
             shapes = {name: [((count, *each.shape), each.dtype) for each in of] for name, of in self._types.items()}
             self._fresh = jax.jit(partial(_zeros, shapes), out_shardings=self._by_device)
-            self._capacity, self._spare = capacity, []  # what is held of another capacity goes to a list that is gone
+            self._capacity, self._spare = capacity, []
         try:
             return self._spare.pop()
         except IndexError:
@@ -61,8 +63,11 @@ class RowMemory:
 
         The rows are spare again when none of these arrays, and no view of one, is left.
         """
+        capacity = next(leaf.shape[0] for leaves in rows.values() for leaf in leaves) // self._by_device.num_devices
         lease = _Lease()
-        weakref.finalize(lease, _give_back, self._spare, rows).atexit = False
+        # Later chunks may have asked for another capacity in the meantime.
+        spare = self._spare if capacity == self._capacity else []
+        weakref.finalize(lease, _give_back, spare, rows).atexit = False
         return {
             name: [
                 [_lent(leaf.addressable_data(device), lease) for device in range(len(leaf.sharding.device_set))]
@@ -90,7 +95,8 @@ def _lent(piece: jax.Array, lease: _Lease) -> np.ndarray:
 
 
 def _give_back(spare: list[Rows], rows: Rows) -> None:
-    if len(spare) < _KEPT:
+    size = sum(leaf.nbytes for leaves in rows.values() for leaf in leaves)
+    if (len(spare) + 1) * size <= _KEPT:
         spare.append(rows)
 
 
