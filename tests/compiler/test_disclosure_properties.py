@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedlens as fed
-from fedlens.compiler.disclosure import flows
 from fedlens.compiler.flow import Flow, joined, lowered, within
-from fedlens.compiler.flows import leaves_of
+from fedlens.compiler.flows import flows, leaves_of
 from fedlens.compiler.levels import Level, join
 from fedlens.compiler.normalize import normalize
 from fedlens.compiler.origins import Part, argument, origin_of, origins, parts_of

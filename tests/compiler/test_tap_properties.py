@@ -87,8 +87,11 @@ def applied(call, made, clients):
     if call.operator in CLIENT_FUNCTIONS:
         return mapped(CLIENT_FUNCTIONS[call.operator], first)
     if call.operator == "zip":
-        both = lambda results: list(zip(first.by_hand(results), second.by_hand(results), strict=True))  # noqa: E731
-        return Made(fed.federated_zip((first.value, second.value)), both, (first, second))
+        return Made(
+            fed.federated_zip((first.value, second.value)),
+            lambda results: list(zip(first.by_hand(results), second.by_hand(results), strict=True)),
+            (first, second),
+        )
     if call.operator == "broadcast":
         server = at_server[call.first % len(at_server)]
         number = at_server.index(server)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from fedlens.cli.finding import find_computation
-from fedlens.compiler.disclosure import Disclosure
 from fedlens.compiler.disclosure import disclosure as disclosure_of
 from fedlens.compiler.levels import Level, at_most
+from fedlens.compiler.outputs import Disclosure
 from fedlens.errors import ConfigError, DisclosureError
 
 

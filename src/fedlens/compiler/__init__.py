@@ -1,11 +1,11 @@
 """From a computation of the language to a plan: normal form, then stages."""
 
-from fedlens.compiler.disclosure import Disclosure as Disclosure
 from fedlens.compiler.disclosure import disclosure as disclosure
 from fedlens.compiler.explain import explain as explain
 from fedlens.compiler.explanation import Explanation as Explanation
 from fedlens.compiler.levels import Level as Level
 from fedlens.compiler.normalize import normalize as normalize
+from fedlens.compiler.outputs import Disclosure as Disclosure
 from fedlens.compiler.plan import ClientStage as ClientStage
 from fedlens.compiler.plan import Input as Input
 from fedlens.compiler.plan import Plan as Plan

@@ -13,19 +13,16 @@ from typing import Any
 import federated_language as fl
 from federated_language import framework
 
-from fedlens.compiler.flow import Flow as Flow
-from fedlens.compiler.flow import moved, struct_of
-from fedlens.compiler.flows import flows as flows
+from fedlens.compiler.flow import Flow, moved, struct_of
 from fedlens.compiler.flows import flows_and_result
 from fedlens.compiler.levels import Level
-from fedlens.compiler.normalize import Block, normalize
-from fedlens.compiler.origins import Origin, Part, argument, calls_and_result, operation_of, select
-from fedlens.compiler.outputs import Disclosure as Disclosure
-from fedlens.compiler.outputs import Output as Output
-from fedlens.compiler.protections import Protections as Protections
-from fedlens.compiler.protections import protections as protections
+from fedlens.compiler.normalize import Block, calls_and_result, normalize
+from fedlens.compiler.origins import Origin, Part, argument, operation_of, select
+from fedlens.compiler.outputs import Disclosure, Output
+from fedlens.compiler.protections import Protections
 from fedlens.compiler.taps import check_is_computation
 from fedlens.language.type_summaries import summarize
+from fedlens.language.types import is_at_clients, member_of
 
 
 def disclosure(computation: fl.Computation | Any) -> Disclosure:
@@ -69,9 +66,8 @@ def _parts(block: Block, flow: Flow, type_: fl.Type, name: str, found: Protectio
         for index, ((field, part), (_, child)) in enumerate(zip(type_.items(), block.items(), strict=True)):
             yield from _parts(child, flow.field(index), part, _joined(name, index, field), found)
         return
-    is_clients_own = isinstance(type_, fl.FederatedType) and type_.placement is fl.CLIENTS and not type_.all_equal
-    member = type_.member if isinstance(type_, fl.FederatedType) else type_
-    yield from _fields(flow, member, name, found.origin(block) if is_clients_own else None, found)
+    origin = found.origin(block) if is_at_clients(type_) else None
+    yield from _fields(flow, member_of(type_), name, origin, found)
 
 
 def _fields(flow: Flow, type_: fl.Type, name: str, origin: Origin | None, found: Protections) -> Iterator[Output]:

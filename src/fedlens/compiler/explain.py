@@ -8,7 +8,7 @@ are seen through, so that what is left are the functions, what they are given, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,16 +18,14 @@ from federated_language import framework
 from fedlens.compiler.explanation import Call, Explanation, Placement, Reduction, Stage, Value
 from fedlens.compiler.functions import function_name, function_names_in, function_of
 from fedlens.compiler.normalize import Block, referenced_names
-from fedlens.compiler.operations import ELEMENTS, LOCAL_CALL, SHARED
+from fedlens.compiler.operations import ELEMENTS, EVALS, LOCAL_CALL, MAPS, SHARED, ZIP
 from fedlens.compiler.plan import plan
-from fedlens.compiler.stages import ClientStage, Input, Plan, ServerStage, Step
+from fedlens.compiler.stages import ClientStage, Input, Plan, ServerStage, Step, result_parts
 from fedlens.errors import LanguageError
 from fedlens.language import HostComputation
 from fedlens.language.type_summaries import summarize
 
-_MAPS = {"federated_map", "federated_map_all_equal", "federated_apply"}
-_EVALS = {"federated_eval_at_clients", "federated_eval_at_server"}
-_MOVES = SHARED | {"federated_zip_at_clients", "federated_zip_at_server", "federated_value_at_server", ELEMENTS}
+_MOVES = SHARED | {ZIP, "federated_zip_at_server", "federated_value_at_server", ELEMENTS}
 _HOW = {  # what the members of a reduction's operand after the first are called
     "federated_weighted_mean": ("weighted by",),
     "federated_aggregate": ("from", "accumulated by", "merged by", "reported by"),
@@ -97,7 +95,7 @@ class _Reader:
 
     def read(self) -> Explanation:
         inputs = tuple(_value(self._named[each.name], "", each.type) for each in self._plan.inputs)
-        parts = list(_parts(self._plan.result, self._result_type))
+        parts = list(result_parts(self._plan.result, self._result_type))
         handed_out = {name for _, block, _ in parts for name in referenced_names(block)}
         counts: Counter[type] = Counter()
         stages = []
@@ -137,10 +135,10 @@ class _Reader:
 
     def _step(self, step: Step) -> _Named:
         operand = None if step.operand is None else self._evaluate(step.operand, self._named)
-        if step.operation in _MAPS:
+        if step.operation in MAPS:
             function, argument = _members(operand, 2)
             return self._apply(function, argument, step.type)
-        if step.operation in _EVALS:
+        if step.operation in EVALS:
             return self._apply(operand, None, step.type)
         if step.operation == LOCAL_CALL:
             return self._apply(self._evaluate(step.function, self._named), operand, step.type)
@@ -228,16 +226,6 @@ def _select(value: _Named, index: int, field: str | None) -> _Named:
 
 def _members(value: _Named, count: int) -> tuple[_Named, ...]:
     return value.values if isinstance(value, _Fields) else tuple(_select(value, index, None) for index in range(count))
-
-
-def _parts(block: Block, type_: fl.Type, path: str = "") -> Iterator[tuple[str, Block, fl.Type]]:
-    """The parts of a result, each at one placement: path, building block, type."""
-    federated = framework.type_contains(type_, lambda part: isinstance(part, fl.FederatedType))
-    if isinstance(type_, fl.StructType) and isinstance(block, framework.Struct) and federated:
-        for position, ((name, field), (_, child)) in enumerate(zip(type_.items(), block.items(), strict=True)):
-            yield from _parts(child, field, f"{path}/{position if name is None else name}".lstrip("/"))
-    else:
-        yield path, block, type_
 
 
 def _value(name: str, source: str, type_: fl.Type) -> Value:

@@ -35,19 +35,18 @@ from fedlens.compiler.functions import function_name, function_names_in, functio
 from fedlens.compiler.guarantees import noise_multiplier, objection_to
 from fedlens.compiler.levels import Level
 from fedlens.compiler.mechanisms import Clip, LocalGaussian, Mechanism, mechanism_of
-from fedlens.compiler.normalize import PARAMETER, Block, referenced_names
-from fedlens.compiler.operations import EXTREMES, GENERIC, MEANS, SECURE_SUMS, SELECTS, unsupported
-from fedlens.compiler.origins import argument, calls_and_result, operation_of
+from fedlens.compiler.normalize import PARAMETER, Block, calls_and_result, referenced_names
+from fedlens.compiler.operations import EVALS, EXTREMES, GENERIC, MAPS, MEANS, SECURE_SUMS, SELECTS, ZIP, unsupported
+from fedlens.compiler.origins import argument, operation_of
 from fedlens.compiler.sums import is_sum
 from fedlens.language import LocalComputation
+from fedlens.language.types import is_at_clients, member_of
 
-_MAPS = {"federated_map", "federated_map_all_equal", "federated_apply"}
-_EVALS = {"federated_eval_at_clients", "federated_eval_at_server"}
 _MOVES = {
     "federated_broadcast",
     "federated_value_at_clients",
     "federated_value_at_server",
-    "federated_zip_at_clients",
+    ZIP,
     "federated_zip_at_server",
 }
 _Function: TypeAlias = Callable[[Flow | None], Flow]
@@ -123,12 +122,11 @@ class _Reader:
                 fields.append((field, self._input(f"{key}[{index}]", inner, part, known)))
             return struct_of(fields, key)
         name = name or "argument"
-        is_clients_own = isinstance(type_, fl.FederatedType) and type_.placement is fl.CLIENTS and not type_.all_equal
+        is_clients_own = is_at_clients(type_)
         if is_clients_own:
             self._client_inputs.add(key)
         level = Level.RAW if is_clients_own else Level.PUBLIC
-        member = type_.member if isinstance(type_, fl.FederatedType) else type_
-        known[key] = shaped(Flow(frozenset({level}), inputs=frozenset({key})), member, name, key)
+        known[key] = shaped(Flow(frozenset({level}), inputs=frozenset({key})), member_of(type_), name, key)
         return known[key]
 
     def _value(self, block: Block, known: _Known) -> Flow:
@@ -160,9 +158,9 @@ class _Reader:
             return self._apply(call.function, given, known, name)
         if operation in _MOVES:
             return self._value(call.argument, known)
-        if operation in _MAPS:
+        if operation in MAPS:
             return self._apply(argument(call, 0), self._value(argument(call, 1), known), known, name)
-        if operation in _EVALS:
+        if operation in EVALS:
             return self._apply(call.argument, None, known, name)
         self._note_read(self._value(call.argument, known))
         if operation in SELECTS:

@@ -14,7 +14,7 @@ form "call dominant"; the language package has no transformation to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ from fedlens.compiler.operations import GENERIC
 from fedlens.errors import UnsupportedError
 
 Block: TypeAlias = framework.ComputationBuildingBlock
+Calls: TypeAlias = Sequence[tuple[str, framework.Call]]
 PARAMETER = "arg"
 
 
@@ -181,6 +182,12 @@ def _let(calls: list[tuple[str, framework.Call]], result: Block) -> Block:
             kept.append((name, call))
             needed |= referenced_names(call)
     return framework.Block(list(reversed(kept)), result) if kept else result
+
+
+def calls_and_result(normal_form: framework.Lambda) -> tuple[Calls, Block]:
+    """The named calls of a normal form, in their order, and its result."""
+    body = normal_form.result
+    return (body.locals, body.result) if isinstance(body, framework.Block) else ((), body)
 
 
 def referenced_names(block: Block) -> set[str]:

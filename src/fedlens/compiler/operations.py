@@ -12,11 +12,16 @@ import numpy as np
 from fedlens.errors import LanguageError, UnsupportedError
 from fedlens.language.types import contains_sequence, leaf_paths, tensor_types
 
+MAP, EVAL, ZIP = "federated_map", "federated_eval_at_clients", "federated_zip_at_clients"
 SELECTS = {"federated_select", "federated_secure_select"}
-AT_CLIENTS = {"federated_map", "federated_eval_at_clients", "federated_zip_at_clients"} | SELECTS
+AT_CLIENTS = {MAP, EVAL, ZIP} | SELECTS
 # Clients-placed and equal at all: computed once, at the server, and its value serves every client.
 SHARED = {"federated_broadcast", "federated_value_at_clients", "federated_map_all_equal"}
 AT_SERVER = {"federated_apply", "federated_eval_at_server", "federated_value_at_server", "federated_zip_at_server"}
+
+# The same at either placement, or equal at all clients.
+MAPS = {MAP, "federated_map_all_equal", "federated_apply"}
+EVALS = {EVAL, "federated_eval_at_server"}
 
 MEANS = {"federated_mean", "federated_weighted_mean"}
 EXTREMES = {"federated_min", "federated_max"}

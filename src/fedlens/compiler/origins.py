@@ -7,7 +7,7 @@ parts of the results of calls that compute, or of the argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,12 +15,9 @@ import federated_language as fl
 from federated_language import framework
 
 from fedlens.compiler.functions import function_of
-from fedlens.compiler.normalize import PARAMETER, Block
-
-Calls: TypeAlias = Sequence[tuple[str, framework.Call]]
-
-MAP = "federated_map"
-ZIP = "federated_zip_at_clients"
+from fedlens.compiler.normalize import PARAMETER, Block, Calls
+from fedlens.compiler.operations import EVAL, MAP, ZIP
+from fedlens.language.types import member_of
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,6 @@ class Parts:
 
 
 Origin: TypeAlias = Part | Parts
-
-
-def calls_and_result(normal_form: framework.Lambda) -> tuple[Calls, Block]:
-    """The named calls of a normal form, in their order, and its result."""
-    body = normal_form.result
-    return (body.locals, body.result) if isinstance(body, framework.Block) else ((), body)
 
 
 def origins(calls: Calls) -> dict[str, Origin]:
@@ -153,14 +144,14 @@ def member_type(origin: Origin, calls: Mapping[str, framework.Call], parameter: 
         return fl.StructType([field if name is None else (name, field) for name, field in named])
     type_ = parameter if origin.name == PARAMETER else _result_type(calls[origin.name])
     for index in origin.path:
-        type_ = _member(type_)[index]
-    return _member(type_)
+        type_ = member_of(type_)[index]
+    return member_of(type_)
 
 
 def _result_type(call: framework.Call) -> fl.Type:
     if operation_of(call) == MAP:
         return _returned_type(argument(call, 0))
-    if operation_of(call) == "federated_eval_at_clients":
+    if operation_of(call) == EVAL:
         return _returned_type(call.argument)
     return call.type_signature
 
@@ -188,7 +179,3 @@ def _typed(block: Block, types: Mapping[str, fl.Type]) -> fl.Type:
             fields = [(name, _typed(value, types)) for name, value in block.items()]
             return fl.StructType([field if name is None else (name, field) for name, field in fields])
     return block.type_signature
-
-
-def _member(type_: fl.Type) -> fl.Type:
-    return type_.member if isinstance(type_, fl.FederatedType) else type_

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import federated_language as fl
 from federated_language import framework
 
-from fedlens.compiler.normalize import PARAMETER, Block, normalize, referenced_names
+from fedlens.compiler.normalize import PARAMETER, Block, calls_and_result, normalize, referenced_names
 from fedlens.compiler.operations import (
     AT_CLIENTS,
     AT_SERVER,
@@ -37,6 +37,7 @@ from fedlens.compiler.stages import Plan as Plan
 from fedlens.compiler.stages import ServerStage as ServerStage
 from fedlens.compiler.stages import Step as Step
 from fedlens.errors import UnsupportedError
+from fedlens.language.types import member_of
 
 
 def plan(computation: fl.Computation) -> Plan:
@@ -57,8 +58,7 @@ def plan(computation: fl.Computation) -> Plan:
 
 def plan_normal_form(normal_form: framework.Lambda, parameter_type: fl.Type | None = None) -> Plan:
     """Plans a computation that is in normal form; `parameter_type` adds the containers that a proto drops."""
-    body = normal_form.result
-    calls, result = (body.locals, body.result) if isinstance(body, framework.Block) else ([], body)
+    calls, result = calls_and_result(normal_form)
     inputs = _Inputs(parameter_type if parameter_type is not None else normal_form.parameter_type)
     steps = _without_captured_sequences([_step(name, call, inputs) for name, call in calls])
     steps, result = _with_elements(steps, inputs.rename(result))
@@ -289,12 +289,12 @@ def _group(steps: list[Step], result: Block, inputs: tuple[Input, ...]) -> Plan:
             ClientStage(
                 index=sum(isinstance(stage, ClientStage) for stage in stages),
                 columns=columns,
-                column_types=tuple(_member(types[name]) for name in columns),
+                column_types=tuple(member_of(types[name]) for name in columns),
                 shared=tuple(name for name in read if placements[name] == "server"),
                 body=body,
                 reductions=ends_here,
                 outputs=leaving,
-                output_types=tuple(_member(types[name]) for name in leaving),
+                output_types=tuple(member_of(types[name]) for name in leaving),
             )
         )
     return Plan(inputs, tuple(stages), result, placements)
@@ -305,7 +305,3 @@ def _needs(step: Step, known: dict[str, int]) -> set[str]:
     if step.function is not None:
         names |= referenced_names(step.function)
     return {name for name in names if name in known}
-
-
-def _member(type_: fl.Type) -> fl.Type:
-    return type_.member if isinstance(type_, fl.FederatedType) else type_

@@ -9,24 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import federated_language as fl
 from federated_language import framework
 
 from fedlens.compiler.functions import function_names_in
 from fedlens.compiler.mechanisms import Clip, GaussianNoise, LocalGaussian, Mechanism, mechanism_of
-from fedlens.compiler.normalize import PARAMETER, Block, referenced_names
-from fedlens.compiler.operations import EXTREMES, REDUCTIONS, SECURE_SUMS, SELECTS
+from fedlens.compiler.normalize import PARAMETER, Block, calls_and_result, referenced_names
+from fedlens.compiler.operations import EXTREMES, MAP, REDUCTIONS, SECURE_SUMS, SELECTS
 from fedlens.compiler.origins import (
-    MAP,
     Origin,
     Part,
     argument,
-    calls_and_result,
     operation_of,
     origin_of,
     origins,
     parts_of,
 )
+from fedlens.language.types import is_at_clients
 
 
 @dataclass
@@ -106,7 +104,7 @@ class Protections:
             seen.add((part, is_direct))
             yield part, is_direct
             call = self._calls.get(part.name)
-            if call is None or not _at_clients(call):
+            if not _at_clients(call):
                 continue
             mechanisms = list(_mechanisms(call))
             if not through_local and any(isinstance(found, LocalGaussian) for found in mechanisms):
@@ -127,11 +125,7 @@ class Protections:
         origin = self.origin(block)
         if first:
             origin = origin.values[0] if not isinstance(origin, Part) else Part(origin.name, (*origin.path, 0))
-        return [
-            part
-            for part in parts_of(origin)
-            if part.name == PARAMETER or (part.name in self._calls and _at_clients(self._calls[part.name]))
-        ]
+        return [part for part in parts_of(origin) if part.name == PARAMETER or _at_clients(self._calls.get(part.name))]
 
     def _reduced_in(self, call: framework.Call) -> list[Part]:
         """The clients' values that the server's values before a call are reduced from."""
@@ -164,16 +158,6 @@ class Protections:
         return text
 
 
-def protections(normal_form: framework.Lambda) -> dict[str, tuple[str, ...]]:
-    """What each of the clients' values would go around if it were handed out: by the names of calls, and `arg`.
-
-    A struct's value is all of its fields here; `Protections(normal_form).names` looks at one field.
-    """
-    found = Protections(normal_form)
-    names = [PARAMETER, *(name for name, call in found._calls.items() if _at_clients(call))]
-    return {name: found.names(found._origins[name]) for name in names}
-
-
 def _overlap(parts: Iterable[Part], others: Iterable[Part]) -> bool:
     known = list(others)
     return any(part.overlaps(other) for part in parts for other in known)
@@ -193,6 +177,5 @@ def _kind(mechanism: Mechanism) -> str:
     return "gaussian noise on the sum" if isinstance(mechanism, GaussianNoise) else "local gaussian noise"
 
 
-def _at_clients(call: framework.Call) -> bool:
-    type_ = call.type_signature
-    return isinstance(type_, fl.FederatedType) and type_.placement is fl.CLIENTS and not type_.all_equal
+def _at_clients(call: framework.Call | None) -> bool:
+    return call is not None and is_at_clients(call.type_signature)

@@ -18,16 +18,14 @@ import federated_language as fl
 from federated_language import framework
 
 from fedlens.compiler.normalize import Block, referenced_names
-from fedlens.compiler.operations import LOCAL_CALL
+from fedlens.compiler.operations import EVALS, LOCAL_CALL, MAPS, ZIP
 from fedlens.compiler.stages import ClientStage, ServerStage, Step
 from fedlens.errors import UnsupportedError
 from fedlens.language import HostComputation
 from fedlens.language.local_computation import from_proto
-from fedlens.language.types import holds_strings, is_static
+from fedlens.language.types import holds_strings, is_static, member_of
 
 Stage = TypeVar("Stage", ClientStage, ServerStage)
-
-_MOVES = "federated_zip_at_clients"  # a step whose value is its operand's
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +174,7 @@ def _part_of(
         known = (*stage.inputs, *named)
         return ServerStage(body, tuple(name for name in known if name in used), leaving)
     types = dict(zip(stage.columns, stage.column_types, strict=True))
-    types |= {name: _member(step.type) for name, step in named.items()}
+    types |= {name: member_of(step.type) for name, step in named.items()}
     columns = tuple(name for name in types if name in used)
     return replace(
         stage,
@@ -192,14 +190,15 @@ def _part_of(
 
 def _parts(step: Step) -> Iterator[Step]:
     """A step that calls several computations in turn, inside of a lambda, as a step for each of them."""
-    is_map = step.operation in ("federated_map", "federated_map_all_equal", "federated_apply")
-    is_eval = step.operation in ("federated_eval_at_clients", "federated_eval_at_server")
+    is_map = step.operation in MAPS
+    is_eval = step.operation in EVALS
     function = step.part(0) if is_map else step.operand
     if not (is_map or is_eval) or not isinstance(function, framework.Lambda):
         yield step
         return
     if is_map and function.parameter_name is not None:
-        yield Step(function.parameter_name, _MOVES, step.part(1), function.parameter_type)
+        # A zip is a step whose value is its operand's.
+        yield Step(function.parameter_name, ZIP, step.part(1), function.parameter_type)
     result = function.result
     if isinstance(result, framework.Block):
         for name, call in result.locals:
@@ -207,7 +206,7 @@ def _parts(step: Step) -> Iterator[Step]:
             operation = call.function.uri if is_intrinsic else LOCAL_CALL
             yield Step(name, operation, call.argument, call.type_signature, call.function)
         result = result.result
-    yield Step(step.name, _MOVES, result, step.type)
+    yield Step(step.name, ZIP, result, step.type)
 
 
 def _host_computations(block: Block) -> list[HostComputation]:
@@ -227,7 +226,3 @@ def _types_read(block: Block) -> list[fl.Type]:
 def _names_read(step: Step) -> set[str]:
     blocks = [block for block in (step.function, step.operand) if block is not None]
     return set[str]().union(*map(referenced_names, blocks))
-
-
-def _member(type_: fl.Type) -> fl.Type:
-    return type_.member if isinstance(type_, fl.FederatedType) else type_

@@ -6,14 +6,18 @@ the cohort and may end in reductions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import federated_language as fl
 from federated_language import framework
 
 from fedlens.compiler.normalize import Block
-from fedlens.language.types import contains_sequence
+from fedlens.compiler.operations import ELEMENTS, EVAL, MAP
+from fedlens.compiler.origins import moves
+from fedlens.language.types import contains_sequence, is_at_clients, num_bytes
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Input:
     @property
     def at_clients(self) -> bool:
         """Whether each client holds its own value, so that it is a column of the cohort."""
-        return isinstance(self.type, fl.FederatedType) and self.type.placement is fl.CLIENTS and not self.type.all_equal
+        return is_at_clients(self.type)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,17 @@ class ClientStage:
     outputs: tuple[str, ...]
     output_types: tuple[fl.Type, ...]
 
+    @cached_property
+    def computed_bytes(self) -> int:
+        """The bytes that a client computes, whether they leave it or not; those that are moved are counted once."""
+        computing = [
+            step
+            for step in self.body
+            if step.operation in (ELEMENTS, EVAL)
+            or (step.operation == MAP and not moves(step.part(0)) and not step.is_lazy)
+        ]
+        return sum(num_bytes(step.type) for step in computing)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -119,3 +134,13 @@ class Plan:
     stages: tuple[ServerStage | ClientStage, ...]
     result: Block
     placements: dict[str, Literal["clients", "server"]]
+
+
+def result_parts(block: Block, type_: fl.Type, path: str = "") -> Iterator[tuple[str, Block, fl.Type]]:
+    """The parts of a result, each at one placement: path, building block, type."""
+    federated = framework.type_contains(type_, lambda part: isinstance(part, fl.FederatedType))
+    if isinstance(type_, fl.StructType) and isinstance(block, framework.Struct) and federated:
+        for position, ((name, field), (_, child)) in enumerate(zip(type_.items(), block.items(), strict=True)):
+            yield from result_parts(child, field, f"{path}/{position if name is None else name}".lstrip("/"))
+    else:
+        yield path, block, type_

@@ -11,8 +11,7 @@ import federated_language as fl
 from federated_language import framework
 
 from fedlens.compiler.levels import Level
-from fedlens.compiler.normalize import PARAMETER, Block
-from fedlens.compiler.origins import calls_and_result
+from fedlens.compiler.normalize import PARAMETER, Block, calls_and_result
 from fedlens.compiler.tap_points import Point
 from fedlens.compiler.taps import At, Tap, described_points
 from fedlens.errors import ConfigError, DisclosureError, UnsupportedError

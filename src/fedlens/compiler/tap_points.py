@@ -23,14 +23,12 @@ from difflib import get_close_matches
 import federated_language as fl
 from federated_language import framework
 
-from fedlens.compiler.normalize import Block
-from fedlens.compiler.operations import REDUCTIONS
+from fedlens.compiler.normalize import Block, calls_and_result
+from fedlens.compiler.operations import EVAL, MAP, REDUCTIONS
 from fedlens.compiler.origins import (
-    MAP,
     Origin,
     Part,
     argument,
-    calls_and_result,
     member_type,
     operation_of,
     origin_of,
@@ -38,10 +36,9 @@ from fedlens.compiler.origins import (
     select,
 )
 from fedlens.errors import ConfigError
-from fedlens.language.types import contains_sequence, is_static
+from fedlens.language.types import contains_sequence, is_at_clients, is_static
 
 CLIENT_WORK = "client_work"
-EVAL = "federated_eval_at_clients"
 _VALUE_FIRST = {"federated_aggregate", "federated_secure_sum", "federated_secure_sum_bitwidth"}
 
 
@@ -122,11 +119,6 @@ def _is_computed(call: framework.Call) -> bool:
 
 def _reads_sequence(call: framework.Call) -> bool:
     return operation_of(call) == MAP and contains_sequence(argument(call, 1).type_signature)
-
-
-def is_at_clients(type_: fl.Type) -> bool:
-    """Whether a value of a type is one for each client."""
-    return isinstance(type_, fl.FederatedType) and type_.placement is fl.CLIENTS and not type_.all_equal
 
 
 def point_at(points: Sequence[Point], name: str) -> Point:

@@ -17,22 +17,21 @@ from federated_language import framework
 from fedlens.compiler.flows import flows
 from fedlens.compiler.functions import function_names_in
 from fedlens.compiler.levels import Level
-from fedlens.compiler.normalize import PARAMETER, Block, normalize
-from fedlens.compiler.operations import SELECTS
+from fedlens.compiler.normalize import PARAMETER, Block, calls_and_result, normalize
+from fedlens.compiler.operations import EVAL, MAP, SELECTS
 from fedlens.compiler.origins import (
-    MAP,
     Origin,
     Part,
     argument,
-    calls_and_result,
     operation_of,
     origin_of,
     origins,
     parts_of,
 )
 from fedlens.compiler.protections import Protections
-from fedlens.compiler.tap_points import EVAL, Point, is_at_clients, point_at, tap_points
+from fedlens.compiler.tap_points import Point, point_at, tap_points
 from fedlens.errors import LanguageError
+from fedlens.language.types import is_at_clients
 
 
 @dataclass(frozen=True)

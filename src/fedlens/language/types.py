@@ -200,6 +200,16 @@ def fits(shape: tuple[int, ...], expected: tuple[int | None, ...] | None) -> boo
     return len(shape) == len(expected) and all(want in (None, dim) for dim, want in zip(shape, expected, strict=True))
 
 
+def is_at_clients(type_: fl.Type) -> bool:
+    """Whether a value of a type is one for each client, its own."""
+    return isinstance(type_, fl.FederatedType) and type_.placement is fl.CLIENTS and not type_.all_equal
+
+
+def member_of(type_: fl.Type) -> fl.Type:
+    """The type of a value without its placement."""
+    return type_.member if isinstance(type_, fl.FederatedType) else type_
+
+
 def contains_sequence(type_: fl.Type) -> bool:
     """Whether a sequence occurs in a type."""
     if isinstance(type_, fl.StructType):

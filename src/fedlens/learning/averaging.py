@@ -24,7 +24,7 @@ from fedlens.learning.models import Model
 from fedlens.learning.process import LearningProcess
 from fedlens.learning.randomness import as_key
 from fedlens.learning.state import ServerState
-from fedlens.runtime.engine import OnNonFinite
+from fedlens.runtime.engine import OnNonFinite, check_on_nonfinite
 
 _KEY = fl.TensorType(np.uint32, (2,))
 
@@ -39,8 +39,7 @@ def check_options(batch_size: int, epochs: int, on_nonfinite: str) -> None:
         raise ConfigError(
             f"Expected a batch size and a number of epochs of at least 1, found {batch_size} and {epochs}."
         )
-    if on_nonfinite not in ("raise", "drop", "ignore"):
-        raise ConfigError(f'Expected on_nonfinite to be "raise", "drop" or "ignore", found {on_nonfinite!r}.')
+    check_on_nonfinite(on_nonfinite)
 
 
 def averaging(

@@ -16,17 +16,18 @@ import numpy as np
 from federated_language import framework
 
 from fedlens import trees
-from fedlens.compiler import Level, tap, taps
+from fedlens.compiler import Level, taps
 from fedlens.compiler.levels import join
 from fedlens.errors import ConfigError, StructureError
 from fedlens.language.types import leaf_paths, tensor_types
 from fedlens.learning.local_models import LocalModels
 from fedlens.learning.metrics import EXAMPLES
+from fedlens.learning.state import WEIGHTS
 from fedlens.runtime import ClientValues
 from fedlens.runtime.values import Part
 
 WORK = "client_work"
-WEIGHTS, UPDATE, SUMS, METRICS = "weights", "update", "sums", "metrics"
+UPDATE, SUMS, METRICS = "update", "sums", "metrics"
 _COUNTS = (EXAMPLES, "weight")  # what a client work may call the number of its examples
 
 
@@ -81,7 +82,8 @@ def capture_of(round_: framework.ConcreteComputation, weights_type: fl.Type) -> 
       ConfigError: the round has no client work or several; or the client work returns no model of this type, no
         number of examples, or metrics that are no numbers.
     """
-    (work,) = taps(round_, at=WORK)
+    described = {each.name: each for each in taps(round_, at=lambda each: each.name.split(".")[0] == WORK)}
+    work = described[WORK] if WORK in described else taps(round_, at=WORK)[0]  # which says that it is none, or several
     fields = dict(work.type.items()) if isinstance(work.type, fl.StructType) else {}
     model = next((name for name in (WEIGHTS, UPDATE) if _is_model(fields.get(name), weights_type)), None)
     count = next((name for name in _COUNTS if _is_number(fields.get(name))), None)
@@ -101,23 +103,16 @@ def capture_of(round_: framework.ConcreteComputation, weights_type: fl.Type) -> 
             f"{fields[measured]}. Return arrays in a field of another name, and take them with fed.tap."
         )
     names = [f"{WORK}.{name}" for name in (model, count, measured) if name is not None]
-    described = taps(round_, at=names)
+    chosen = [described[name] for name in names]
     return Capture(
         model=names[0],
         is_update=model == UPDATE,
         num_examples=names[1],
         measured=names[2] if measured else None,
         are_sums=are_sums,
-        level=join(*(each.level for each in described)),
-        bypasses=tuple(dict.fromkeys(name for each in described for name in each.bypasses)),
+        level=join(*(each.level for each in chosen)),
+        bypasses=tuple(dict.fromkeys(name for each in chosen for name in each.bypasses)),
     )
-
-
-def tapped_round(
-    round_: framework.ConcreteComputation, capture: Capture, *, allow_bypass: bool
-) -> framework.ConcreteComputation:
-    """The round that also hands out what `capture` names; see `tap` for what it refuses."""
-    return tap(round_, capture.names, allow_bypass=allow_bypass)
 
 
 def _is_model(type_: fl.Type | None, weights_type: fl.Type) -> bool:

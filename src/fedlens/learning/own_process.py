@@ -9,7 +9,7 @@ from fedlens.errors import ConfigError
 from fedlens.learning.models import Model
 from fedlens.learning.process import LearningProcess
 from fedlens.learning.state import KEY, ROUND, WEIGHTS, field_of_type
-from fedlens.runtime.engine import OnNonFinite
+from fedlens.runtime.engine import OnNonFinite, check_on_nonfinite
 
 
 def from_computations(
@@ -37,8 +37,9 @@ def from_computations(
       on_nonfinite: what to do with a client whose update is not finite: "raise", "drop" or "ignore".
 
     Raises:
-      ConfigError: the computations are not of these types.
+      ConfigError: the computations are not of these types, or `on_nonfinite` is none of its values.
     """
+    check_on_nonfinite(on_nonfinite)
     state_type = initialize.type_signature.result
     parameter, result = next.type_signature.parameter, next.type_signature.result
     expected = "a state at the server with the field 'weights'"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from federated_language import framework
 
-from fedlens.learning.capture import Capture, capture_of, tapped_round
+from fedlens.compiler import tap
+from fedlens.learning.capture import Capture, capture_of
 from fedlens.learning.metrics import EXAMPLES, LOSS
 from fedlens.learning.models import Model
 from fedlens.learning.randomness import client_keys, run_key
@@ -119,7 +120,7 @@ class LearningProcess:
             return self  # and keep what is compiled
         state_type = self.next_computation.type_signature.parameter[0].member
         capture = capture_of(self.next_computation, field_of_type(state_type, WEIGHTS))
-        tapped = tapped_round(self.next_computation, capture, allow_bypass=allow_bypass)
+        tapped = tap(self.next_computation, capture.names, allow_bypass=allow_bypass)
         return replace(self, next_computation=tapped, capture=capture)
 
     def get_model_weights(self, state: Any) -> Any:

@@ -11,11 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from fedlens.compiler import ClientStage, ServerStage
-from fedlens.compiler.operations import ELEMENTS
-from fedlens.compiler.origins import MAP, moves
-from fedlens.compiler.tap_points import EVAL
 from fedlens.errors import ConfigError, NonFiniteError
-from fedlens.language.types import num_bytes
 from fedlens.runtime.checks import checked_leaves
 from fedlens.runtime.columns import Column
 from fedlens.runtime.values import Part
@@ -49,21 +45,10 @@ class StageCohort:
         size = self.chunk_size
         if size is None:
             a_client = sum(self.columns[name].bytes_per_client() for name in stage.columns)
-            a_client += _computed_bytes(stage)
+            a_client += stage.computed_bytes
             size = max(_CHUNK_BYTES // max(a_client, 1), 1)
         everyone = np.arange(len(self.ids))
         return [everyone[start : start + size] for start in range(0, len(everyone), size)]
-
-
-def _computed_bytes(stage: ClientStage) -> int:
-    """The bytes that a client computes in a stage; selections and zips of them are not counted again."""
-    computing = [
-        step
-        for step in stage.body
-        if step.operation in (ELEMENTS, EVAL)
-        or (step.operation == MAP and not moves(step.part(0)) and not step.is_lazy)
-    ]
-    return sum(num_bytes(step.type) for step in computing)
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,9 @@ class Local:
             return self.clients_per_step
         # By what is reduced alone if anything is: what is handed out beside it must not change the order of a sum.
         values = [reductions.sent_type(step) for step in stage.reductions] or list(stage.output_types)
-        tiny = sum(map(num_bytes, values)) <= _TINY
-        many = len(cohort.chunks(stage)[0]) >= _MANY * len(self.devices)
-        return _GROUP if tiny and many and stage not in self._one_by_one else 1
+        if stage in self._one_by_one or sum(map(num_bytes, values)) > _TINY:
+            return 1
+        return _GROUP if len(cohort.chunks(stage)[0]) >= _MANY * len(self.devices) else 1
 
     def _run_clients(
         self,

@@ -6,14 +6,13 @@ cohort is. Every reduction that an output depends on is counted, whether it runs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import federated_language as fl
-from federated_language import framework
 
 from fedlens.compiler import ClientStage, Plan, ServerStage, Step
 from fedlens.compiler.normalize import referenced_names
+from fedlens.compiler.stages import result_parts
 from fedlens.errors import ConfigError, DisclosureError
 
 
@@ -49,12 +48,15 @@ def refuse_few(
     Raises:
       DisclosureError: there are fewer, and something is reduced.
     """
-    reduced = {step.name for stage in stages if isinstance(stage, ClientStage) for step in stage.reductions}
     # A minimum of 1 is none: where everybody was left out, the aggregate over nobody tells about nobody.
-    if minimum == 1 or count == 0 or count - dropped >= minimum or not reduced:
+    if minimum == 1 or count == 0 or count - dropped >= minimum:
+        return
+    reduced = {step.name for stage in stages if isinstance(stage, ClientStage) for step in stage.reductions}
+    if not reduced:
         return
     names = _computed_from(plan, reduced)
-    outputs = [path or "result" for path, block in _parts(plan.result, result_type) if referenced_names(block) & names]
+    parts = result_parts(plan.result, result_type)
+    outputs = [path or "result" for path, block, _ in parts if referenced_names(block) & names]
     what = f"output{'s' * (len(outputs) > 1)} {', '.join(map(repr, outputs))}" if outputs else "the aggregates"
     left_out = f", as the values of {dropped} more were not finite" if dropped else ""
     raise DisclosureError(
@@ -76,12 +78,3 @@ def _computed_from(plan: Plan, names: set[str]) -> set[str]:
 def _read(step: Step) -> set[str]:
     blocks = [block for block in (step.operand, step.function) if block is not None]
     return set[str]().union(*map(referenced_names, blocks))
-
-
-def _parts(block: Any, type_: fl.Type, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The parts of a result and their paths."""
-    if isinstance(type_, fl.StructType) and isinstance(block, framework.Struct):
-        for position, ((name, field), (_, child)) in enumerate(zip(type_.items(), block.items(), strict=True)):
-            yield from _parts(child, field, f"{path}/{position if name is None else name}".lstrip("/"))
-    else:
-        yield path, block

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import federated_language as fl
 import jax
 import numpy as np
-from federated_language import framework
 
 from fedlens import trees
+from fedlens.compiler.normalize import Block
+from fedlens.compiler.stages import result_parts
+from fedlens.language.types import is_at_clients
 from fedlens.runtime.replicas import on_one_device
 from fedlens.runtime.sequences import elements
 
 
-def client_results(block: Any, type_: fl.Type, path: str = "") -> Iterator[tuple[str, str, fl.Type]]:
+def client_results(block: Block, type_: fl.Type) -> list[tuple[str, str, fl.Type]]:
     """The clients-placed parts of a result: path, name of the step, member type."""
-    if isinstance(type_, fl.FederatedType):
-        if type_.placement is fl.CLIENTS and not type_.all_equal:
-            yield path, block.name, type_.member
-    elif isinstance(type_, fl.StructType) and isinstance(block, framework.Struct):
-        for position, ((name, field), (_, child)) in enumerate(zip(type_.items(), block.items(), strict=True)):
-            yield from client_results(child, field, f"{path}/{position if name is None else name}".lstrip("/"))
+    return [
+        (path, part.name, part_type.member)
+        for path, part, part_type in result_parts(block, type_)
+        if is_at_clients(part_type)
+    ]
 
 
 def handed_out(value: Any, type_: fl.Type) -> Any:
