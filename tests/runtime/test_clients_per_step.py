@@ -107,7 +107,8 @@ def test_a_crowd_of_tiny_clients_is_computed_in_groups_with_the_same_results(cro
                     np.stack([model.weights["w"] for model in local_models]),
                 )
             )
-    assert chosen == [16, 1]
+    assert chosen[0] > 1
+    assert chosen[1] == 1
     for found, expected in zip(*results, strict=True):
         assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
