@@ -1,5 +1,6 @@
 # make demo    creates .venv, installs fedlens, trains on digits and keeps every client's local model
 # make test    creates .venv, installs the development tools, runs every test
+# make soak    what `make test` does in seconds, for minutes: a thousand kills, ten thousand damaged ledgers
 # make test-extras    and the tests of the extra `tensorflow`, in an environment of its own: .venv-extras
 # make check   linters and types
 # make bench   fedlens against the hand-written reference
@@ -9,7 +10,7 @@
 # PYTHON=...   names the interpreter; without it the newest of 3.13, 3.12, 3.11 is taken
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-extras check bench bench-peers bench-claims clean
+.PHONY: help demo test test-extras soak check bench bench-peers bench-claims clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,6 +49,8 @@ demo: $(INSTALLED)
 test: $(DEVELOPMENT)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+soak: $(DEVELOPMENT)
+	$(BIN)/python -m pytest -m soak --numprocesses 2 --dist load
 # It sees what is in .venv, and holds only what an extra adds: TensorFlow changes no version that the other tests run on.
 # Nothing is compiled ahead: tests import a small part of what comes with it.
 $(EXTRAS_READY): pyproject.toml | $(DEVELOPMENT)

@@ -230,19 +230,75 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(process, data, uninterr
     assert jax.tree.structure(resumed.state.optimizer_state) == jax.tree.structure(finished.state.optimizer_state)
 
 
-def run_until_killed(path):
-    """What a process of its own does: no exception, no closing, gone."""
-    run(make_process(), make_data(), path, lambda report: report.round == 2 and os.kill(os.getpid(), signal.SIGKILL))
+def go_until_killed(path, syncs):
+    """What a process of its own does: no exception, no closing, gone, in the middle of writing a round."""
+    left, sync = [syncs], os.fsync
+
+    def dying_sync(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    os.fsync = dying_sync
+    data = make_data()
+    if os.path.exists(os.path.join(path, "run.json")):
+        fed.resume(make_process(), data, ledger=path, test=data, progress=False)
+    else:
+        run(make_process(), data, path)
 
 
-def test_resuming_in_another_process_after_a_kill(process, data, uninterrupted, tmp_path):
+def kill_after(path, syncs):
+    script = f"import runpy; runpy.run_path({__file__!r})['go_until_killed']({str(path)!r}, {syncs})"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_resuming_in_other_processes_after_kills(process, data, uninterrupted, tmp_path):
     finished, folder = uninterrupted
-    script = f"import runpy; runpy.run_path({__file__!r})['run_until_killed']({str(tmp_path / 'run')!r})"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    resumed = fed.resume(process, data, ledger=tmp_path / "run", test=data, progress=False)
+    path = tmp_path / "run"
+    for syncs in (13, 9):
+        before = Ledger(path).rounds if path.exists() else []
+        done = kill_after(path, syncs)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert len(before) < len(Ledger(path).rounds) < ROUNDS
+        assert Ledger(path).verify() == []
+    resumed = fed.resume(process, data, ledger=path, test=data, progress=False)
+    assert_same_bits(resumed.state, finished.state)
     assert resumed.history == finished.history
-    assert contents(tmp_path / "run") == contents(folder)
+    assert contents(path) == contents(folder)
+
+
+@pytest.mark.soak
+def test_resuming_after_a_kill_at_each_step_of_writing(process, data, uninterrupted, tmp_path):
+    finished, folder = uninterrupted
+    for syncs in range(1, 40):
+        path = tmp_path / str(syncs)
+        done = kill_after(path, syncs)
+        again = kill_after(path, 7)
+        resumed = fed.resume(process, data, ledger=path, test=data, progress=False)
+        assert resumed.history == finished.history
+        assert contents(path) == contents(folder)
+        if done.returncode == again.returncode == 0:
+            break
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_pruned_run_resumes_to_the_same_model(process, data, uninterrupted, tmp_path):
+    finished, folder = uninterrupted
+    path = tmp_path / "run"
+    with pytest.raises(Interruption):
+        run(process, data, path, stop_after(2, Interruption))
+    client = Ledger(path).round(0).ids[0]
+    Ledger(path).prune(keep_every=2, drop_clients=[client])
+    seen = []
+    resumed = fed.resume(process, data, ledger=path, test=data, progress=False, on_round=seen.append)
+    assert [report.round for report in seen] == [3]
+    assert_same_bits(resumed.state, finished.state)
+    assert resumed.history == [finished.history[number] for number in (0, 2, 3)]
+    assert Ledger(path).rounds == [0, 2, 3]
+    assert Ledger(path).state == "complete"
+    for name in ("rounds/000003.parquet", "rounds/000003.safetensors", "checkpoints/000003.safetensors"):
+        assert (path / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_a_run_interrupted_before_its_first_round_starts_over(process, data, uninterrupted, tmp_path):

@@ -44,7 +44,7 @@ _MODULES = {  # module -> the names that it gives to this one
     "fedlens.learning.models": ("Model",),
     "fedlens.compiler.disclosure": ("disclosure",),
     "fedlens.compiler.levels": ("Level",),
-    "fedlens.ledger": ("Ledger",),
+    "fedlens.ledger": ("Keep", "Ledger"),
     "fedlens.report.plans": ("explain",),
     "fedlens.compiler.tap": ("tap",),
     "fedlens.compiler.taps": ("Tap", "taps"),

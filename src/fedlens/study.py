@@ -1,7 +1,7 @@
 """A whole run: the loop over rounds with capture, checkpoints, progress and resume.
 
 `run` is the loop that everybody would otherwise write around `process.next`. With a ledger, every client's local model
-of every round is written while the next round computes, and an interrupted run continues with `resume` from its last
+of every round is written while the next clients compute, and an interrupted run continues with `resume` from its last
 committed round, to the same bits that an uninterrupted one gives.
 """
 
@@ -21,7 +21,7 @@ from fedlens.data import FederatedData
 from fedlens.errors import ConfigError, LedgerError
 from fedlens.language.types import leaf_paths
 from fedlens.learning import LearningProcess, LocalModels, build_fed_eval
-from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord
+from fedlens.ledger import ClientPart, Keep, Ledger, LedgerWriter
 from fedlens.report.progress import ProgressDisplay, RoundReport
 from fedlens.runtime import stage_log
 
@@ -34,7 +34,7 @@ class Run:
 
     Attributes:
       state: the server's state after the last round; `state.weights` is the global model.
-      history: the metrics of each round, those of the rounds before a resume included.
+      history: the metrics of each round, those of the rounds before a resume included, unless they were removed.
       ledger: what was captured; None without a ledger.
     """
 
@@ -49,6 +49,8 @@ def run(
     *,
     rounds: int,
     ledger: str | os.PathLike[str] | None = None,
+    encodings: str | Mapping[str, str] | None = None,
+    keep: Keep | None = None,
     seed: int = 0,
     clients_per_round: int | None = None,
     test: FederatedData | None = None,
@@ -68,6 +70,9 @@ def run(
       data: the clients' data.
       rounds: how many rounds, at least 1.
       ledger: a new folder that takes every client's local model of every round; None captures nothing.
+      encodings: how local models are stored: "raw", "bf16-delta" or "int8-delta", for all leaves or by pattern of leaf
+        names, such as `{"dense*": "int8-delta"}`; None is raw, which is bit-exact.
+      keep: whose local models are stored, see `fed.Keep`; None is everybody's. Statistics are always recorded.
       seed: everything random follows from it: initial weights, who takes part, shuffling, dropout.
       clients_per_round: how many clients to draw for each round; None takes all.
       test: held-out data on which the global model is evaluated after every round (`test_loss`, ...).
@@ -80,7 +85,8 @@ def run(
 
     Raises:
       ConfigError: `rounds` is below 1, an argument is no integer, `config` has the key "study", under which the
-        ledger keeps these arguments, or the process does not know its model and there is test data.
+        ledger keeps these arguments, the process does not know its model and there is test data, `keep` names a
+        client that there is not, or there are `encodings` or `keep` without a ledger.
       DisclosureError: there is a ledger, and a secure sum or differential privacy protects the local models.
       DataError: `clients_per_round` is more than there are.
       LedgerError: the ledger exists already, or cannot be written.
@@ -88,6 +94,9 @@ def run(
     plan = _Plan.of(rounds, seed, clients_per_round)
     if config is not None and _STUDY in config:
         raise ConfigError(f"Expected a config without the key {_STUDY!r}, which fed.run fills, found one. Rename it.")
+    if ledger is None and (encodings is not None or keep is not None):
+        raise ConfigError("Expected a ledger for encodings and keep, which say what goes into it, found none.")
+    _check_keep(keep, data)
     # What does not fit is refused before a ledger exists.
     _check_evaluable(process, test)
     process.check(data.cohort(0, clients_per_round=clients_per_round, seed=seed))
@@ -98,7 +107,9 @@ def run(
     weights = trees.map(np.asarray, process.get_model_weights(state))
     capturing = process.with_local_models()
     policy = None if capturing.capture is None else capturing.capture.policy
-    with LedgerWriter.create(ledger, weights=weights, config=kept, rounds=rounds, policy=policy) as writer:
+    with LedgerWriter.create(
+        ledger, weights=weights, config=kept, rounds=plan.rounds, encodings=encodings, keep=keep, policy=policy
+    ) as writer:
         finished = _Study(capturing, data, plan, test, writer, progress, on_round).go(state, [])
     return Run(finished.state, finished.history, Ledger(ledger))
 
@@ -135,10 +146,24 @@ def resume(
         plan = _Plan.from_config(so_far.config, ledger)
         state = process.initialize(plan.seed)
         history = [{name: value for name, value in row.items() if name != "round"} for row in so_far.metrics()]
+        first = 0
         if writer.last_round is not None:
             state = _restored(state, writer.checkpoint(), ledger)
-        finished = _Study(process, data, plan, test, writer, progress, on_round).go(state, history)
+            first = writer.last_round + 1
+        finished = _Study(process, data, plan, test, writer, progress, on_round).go(state, history, first)
     return Run(finished.state, finished.history, Ledger(ledger))
+
+
+def _check_keep(keep: Keep | None, data: FederatedData) -> None:
+    if keep is None or keep.clients is None or isinstance(keep.clients, str):
+        return
+    known = set(data.ids)
+    unknown = next((client for client in keep.clients if client not in known), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"Expected clients of the data to be kept, found {unknown!r}. "
+            "Correct the list, or give a pattern in its place, such as 'form-*'."
+        )
 
 
 def _check_evaluable(process: LearningProcess, test: FederatedData | None) -> None:
@@ -209,20 +234,27 @@ class _Study:
         self._progress = progress
         self._on_round = on_round
 
-    def go(self, state: Any, history: list[dict[str, float]]) -> Run:
-        """Runs the rounds that `history` does not have yet."""
-        with ProgressDisplay(self._plan.rounds, len(history), enabled=self._progress) as display:
-            for number in range(len(history), self._plan.rounds):
+    def go(self, state: Any, history: list[dict[str, float]], first: int = 0) -> Run:
+        """Runs the rounds from `first` on; `history` is of those before, as far as the ledger still has them."""
+        with ProgressDisplay(self._plan.rounds, first, enabled=self._progress) as display:
+            for number in range(first, self._plan.rounds):
                 started = time.perf_counter()
                 cohort = self._data.cohort(number, clients_per_round=self._plan.clients_per_round, seed=self._plan.seed)
-                state, metrics, *local = self._process.next(state, cohort)
+                if self._writer is None:
+                    state, metrics, *_ = self._process.next(state, cohort)
+                    dropped: tuple[str, ...] = ()
+                else:
+                    weights = trees.leaves(self._process.get_model_weights(state))
+                    self._writer.begin(number, [np.asarray(leaf) for leaf in weights])
+                    state, metrics, dropped = self._process.next(state, cohort, sink=_Capture(self._writer))
                 if self._evaluate is not None and self._test is not None:
                     measured = self._evaluate(self._process.get_model_weights(state), self._test).metrics
                     metrics |= {f"test_{name}": value for name, value in measured.items() if name != "num_examples"}
                 if self._writer is not None:
                     facts = {"round": number, "clients": len(cohort)}
                     with stage_log.timed("ledger", facts.copy), stage_log.phase("writing"):
-                        self._writer.record(_record(number, state, metrics, local[0]))
+                        checkpoint = {path: np.asarray(leaf) for path, leaf in trees.items(state)}
+                        self._writer.commit(metrics, checkpoint, dropped)
                 history.append(metrics)
                 report = RoundReport(number, self._plan.rounds, len(cohort), time.perf_counter() - started, metrics)
                 display.round_done(report)
@@ -231,27 +263,32 @@ class _Study:
         return Run(state, history, None)
 
 
-def _record(number: int, after: Any, metrics: dict[str, float], local_models: LocalModels) -> RoundRecord:
-    """A round as the ledger takes it: the arrays as they were computed, without a copy."""
-    values = local_models.values
-    place = {path: position for position, path in enumerate(leaf_paths(values.type))}
-    weights = [position for path, position in place.items() if path.split("/")[0] == "weights"]
-    measured = {
-        path.removeprefix("metrics/"): position for path, position in place.items() if path.startswith("metrics/")
-    }
-    parts = [
-        ClientPart(
-            ids=tuple(values.ids[position] for position in part.positions),
-            positions=part.positions,
-            weights=[part.leaves[position] for position in weights],
-            num_examples=part.leaves[place["num_examples"]],
-            metrics={name: part.leaves[position] for name, position in sorted(measured.items())},
-        )
-        for part in values.parts
-    ]
-    global_weights = [np.asarray(leaf) for leaf in trees.leaves(local_models.global_weights)]
-    checkpoint = {path: np.asarray(leaf) for path, leaf in trees.items(after)}
-    return RoundRecord(number, global_weights, parts, metrics, checkpoint)
+class _Capture:
+    """Hands the local models of a round to the ledger, chunk by chunk: the arrays as they were computed, uncopied."""
+
+    def __init__(self, writer: LedgerWriter):
+        self._writer = writer
+        self._clients = 0
+
+    def __call__(self, local_models: LocalModels) -> None:
+        values = local_models.values
+        place = {path: position for position, path in enumerate(leaf_paths(values.type))}
+        weights = [position for path, position in place.items() if path.split("/")[0] == "weights"]
+        measured = {
+            path.removeprefix("metrics/"): position for path, position in place.items() if path.startswith("metrics/")
+        }
+        parts = [
+            ClientPart(
+                ids=tuple(values.ids[position] for position in part.positions),
+                positions=self._clients + part.positions,
+                weights=[part.leaves[position] for position in weights],
+                num_examples=part.leaves[place["num_examples"]],
+                metrics={name: part.leaves[position] for name, position in sorted(measured.items())},
+            )
+            for part in values.parts
+        ]
+        self._clients += len(values.ids)
+        self._writer.add(parts)
 
 
 def _restored(template: Any, checkpoint: Mapping[str, np.ndarray], ledger: str | os.PathLike[str]) -> Any:

@@ -32,9 +32,10 @@ def test_a_built_in_configuration_shows_every_key_with_a_comment(name, kinds):
     every_line = [line for line in text.splitlines() if "=" in line and not line.startswith("# Change")]
     assert all(line.count("#") >= 1 and line.rsplit("#", 1)[1].strip() for line in every_line)
     written = {line.lstrip("# ").split("=")[0].strip() for line in every_line}
-    sections = {"data", "model", "training", "evaluation"}
+    sections = {"data", "model", "training", "evaluation", "ledger"}
     top = keys_of(config.Config) - sections
-    assert written == top | keys_of(kinds[0]) | keys_of(kinds[1]) | keys_of(config.Training) | {"clients"}
+    others = keys_of(config.Training) | keys_of(config.Evaluation) | keys_of(config.Kept)
+    assert written == top | keys_of(kinds[0]) | keys_of(kinds[1]) | others
 
 
 def test_defaults_are_those_that_the_digits_file_states():

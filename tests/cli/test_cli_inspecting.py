@@ -14,7 +14,7 @@ import safetensors.numpy
 
 import fedlens as fed
 
-COMMANDS = ("run", "resume", "ls", "show", "export", "explain", "configs")
+COMMANDS = ("run", "resume", "ls", "show", "export", "verify", "prune", "du", "explain", "configs")
 
 
 def test_help_names_every_command(fedlens):

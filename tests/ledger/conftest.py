@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file
 
 from fedlens.ledger import ClientPart, LedgerWriter, RoundRecord
 
@@ -70,3 +74,34 @@ def local_model(record: RoundRecord, client: str) -> list[np.ndarray]:
 @pytest.fixture
 def local_model_of() -> Callable[[RoundRecord, str], list[np.ndarray]]:
     return local_model
+
+
+def stored_models(path: Path, number: int) -> dict[str, dict[str, np.ndarray]]:
+    """Client id -> leaf -> weights of a round, as docs/ledger-format.md says, with safetensors and pyarrow alone."""
+    encodings = {leaf["name"]: leaf["encoding"] for leaf in json.loads((path / "run.json").read_text())["leaves"]}
+    rows = pq.read_table(path / "rounds" / f"{number:06d}.parquet").to_pylist()
+    numbers = sorted({row["part"] for row in rows} - {-1} | {0})
+    files = {
+        part: load_file(path / "rounds" / (f"{number:06d}.{part}.safetensors" if part else f"{number:06d}.safetensors"))
+        for part in numbers
+    }
+    models: dict[str, dict[str, np.ndarray]] = {}
+    for row in rows:
+        models[row["client"]] = {}
+        for leaf in row["leaves"]:
+            if leaf["checksum"] is None:
+                continue
+            stored = files[row["part"]]["local/" + leaf["leaf"]][row["row"]]
+            assert leaf["checksum"] == zlib.crc32(stored.tobytes())
+            reference = files[0]["global/" + leaf["leaf"]]
+            if encodings[leaf["leaf"]] == "bf16-delta":
+                stored = reference + stored.astype(np.float32)
+            elif encodings[leaf["leaf"]] == "int8-delta":
+                stored = (reference + leaf["scale"] * stored.astype(np.float64)).astype(reference.dtype)
+            models[row["client"]][leaf["leaf"]] = stored
+    return models
+
+
+@pytest.fixture
+def stored_models_of() -> Callable[[Path, int], dict[str, dict[str, np.ndarray]]]:
+    return stored_models

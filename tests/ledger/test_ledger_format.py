@@ -50,18 +50,21 @@ def test_run_json(ledger_path):
             "format",
             "format_version",
             "planned_rounds",
-            "encoding",
+            "encodings",
+            "keep",
             "config",
             "skeleton",
             "leaves",
             "versions",
             "policy",
+            "checksum",
         )
     ]
-    assert (run["format_version"], run["planned_rounds"], run["encoding"], run["policy"]) == (1, 3, "raw", None)
+    assert (run["format_version"], run["planned_rounds"], run["policy"]) == (2, 3, None)
+    assert (run["encodings"], run["keep"]) == ([], None)
     assert run["leaves"] == [
-        {"name": "dense/kernel", "shape": [4, 3], "dtype": "float32"},
-        {"name": "dense/bias", "shape": [3], "dtype": "float32"},
+        {"name": "dense/kernel", "shape": [4, 3], "dtype": "float32", "encoding": "raw"},
+        {"name": "dense/bias", "shape": [3], "dtype": "float32", "encoding": "raw"},
     ]
     assert run["versions"]["numpy"] == np.__version__
 
@@ -83,7 +86,9 @@ def test_safetensors_reads_weights_and_checkpoint(ledger_path, make_round):
 def test_pyarrow_reads_the_table(ledger_path, make_round):
     record = make_round(0)
     table = pq.read_table(ledger_path / "rounds/000000.parquet")
-    leaf_row = pa.struct([("leaf", pa.string()), ("norm", pa.float64()), ("checksum", pa.uint32())])
+    leaf_row = pa.struct(
+        [("leaf", pa.string()), ("norm", pa.float64()), ("checksum", pa.uint32()), ("scale", pa.float64())]
+    )
     assert [(field.name, field.type) for field in table.schema] == [
         ("round", pa.int64()),
         ("client", pa.string()),
@@ -91,9 +96,11 @@ def test_pyarrow_reads_the_table(ledger_path, make_round):
         ("part", pa.int64()),
         ("row", pa.int64()),
         ("num_examples", pa.int64()),
+        ("dropped", pa.bool_()),
         ("loss", pa.float64()),
         ("accuracy", pa.float64()),
         ("update_norm", pa.float64()),
+        ("cosine", pa.float64()),
         ("leaves", pa.list_(leaf_row)),
     ]
     assert json.loads(table.schema.metadata[b"fedlens"])["metrics"] == {"loss": 1.0, "clients": 5}
@@ -109,9 +116,10 @@ def test_pyarrow_reads_the_table(ledger_path, make_round):
         for leaf, reference in zip(row["leaves"], record.global_weights, strict=True):
             local = stored["local/" + leaf["leaf"]][row["row"]]
             assert leaf["checksum"] == zlib.crc32(local.tobytes())
+            assert leaf["scale"] is None
             squares.append(np.sum((local.astype(np.float64) - reference.astype(np.float64)) ** 2))
-            assert leaf["norm"] == pytest.approx(np.sqrt(squares[-1]), rel=1e-14)
-        assert row["update_norm"] == pytest.approx(np.sqrt(sum(squares)), rel=1e-14)
+            assert leaf["norm"] == pytest.approx(np.sqrt(squares[-1]), rel=1e-6)
+        assert row["update_norm"] == pytest.approx(np.sqrt(sum(squares)), rel=1e-6)
 
 
 def one_round(path: Path, weights: object, leaves: list[np.ndarray], parts: list[list[np.ndarray]]) -> Ledger:
@@ -167,12 +175,13 @@ def test_update_and_norm_of_integers_are_exact(tmp_path):
 
 
 def test_norms_accumulate_in_float64(tmp_path):
-    # 2**20 steps of 1e-4 over a float32 model: a float32 sum of their squares would be off in the third digit.
+    # 2**20 steps of 1e-4 over a float32 model: a float32 sum of their squares would be off in the third digit. What
+    # is left is the rounding of one square, here the same for all.
     reference = np.ones(2**20, np.float32)
     local = (reference + np.float32(1e-4))[None]
     step = float(local[0, 0]) - 1.0
     model = one_round(tmp_path / "run", reference, [reference], [[local]]).round(0)["client 0"]
-    assert model.leaf_norms["weights"] == pytest.approx(2**10 * step, rel=1e-12)
+    assert model.leaf_norms["weights"] == pytest.approx(2**10 * step, rel=1e-6)
     np.testing.assert_array_equal(model.weights, local[0])
 
 

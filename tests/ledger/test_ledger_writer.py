@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord, commit
+from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord, commit, handover
 
 SMALL = np.zeros(2, np.float32)
 
@@ -110,7 +110,7 @@ def test_what_a_killed_create_left_behind_is_no_obstacle(tmp_path, make_writer):
 
 def test_a_second_writer_is_refused(make_writer, make_round):
     with make_writer() as writer:
-        with pytest.raises(LedgerError, match=r"found a running writer, in .*run"):
+        with pytest.raises(LedgerError, match=r"found a running writer \(this process\), in .*run"):
             LedgerWriter.open(writer.path)
         writer.record(make_round(0))
     with LedgerWriter.open(writer.path) as second:
@@ -156,17 +156,20 @@ def test_an_exception_inside_still_commits_what_was_handed_over(make_writer, mak
     assert Ledger(writer.path).rounds == [0, 1]
 
 
-def test_at_most_two_rounds_wait(make_writer, make_round, monkeypatch):
+def test_who_hands_over_waits_while_too_many_bytes_are_on_their_way(make_writer, make_round, monkeypatch):
+    record = make_round(0)
+    size = sum(leaf.nbytes for part in record.parts for leaf in part.weights)
+    monkeypatch.setattr(handover, "IN_FLIGHT", 2 * size)
     go_on = threading.Event()
-    write_round = commit.write_round
+    add = commit.RoundWriter.add
 
     def slowly(*arguments: object) -> None:
         go_on.wait(30)
-        write_round(*arguments)
+        add(*arguments)
 
-    monkeypatch.setattr(commit, "write_round", slowly)
+    monkeypatch.setattr(commit.RoundWriter, "add", slowly)
     with make_writer() as writer:
-        writer.record(make_round(0))
+        writer.record(record)
         writer.record(make_round(1))
         third = threading.Thread(target=writer.record, args=(make_round(2),))
         third.start()
@@ -177,6 +180,14 @@ def test_at_most_two_rounds_wait(make_writer, make_round, monkeypatch):
         third.join(30)
         assert not third.is_alive()
     assert writer.last_round == 2
+
+
+def test_a_round_larger_than_the_bound_goes_alone(make_writer, make_round, monkeypatch):
+    monkeypatch.setattr(handover, "IN_FLIGHT", 1)
+    with make_writer() as writer:
+        for number in range(3):
+            writer.record(make_round(number))
+    assert Ledger(writer.path).rounds == [0, 1, 2]
 
 
 @pytest.mark.parametrize("suffix", ["rounds/000001.safetensors", "checkpoints/000001", "000001.parquet"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ def write_ledger(
     metrics: Callable[[int], dict[str, float]] = lambda number: {"test_accuracy": number / 10, "test_loss": 1.0},
     change: Callable[[int, list[np.ndarray]], None] = lambda number, stacks: None,
     checkpoint: bool = True,
+    **options: Any,
 ) -> Ledger:
     """A run whose weights are drawn from the round's number; `change` may alter the local models of a round."""
     shapes = SHAPES if shapes is None else shapes
@@ -32,7 +34,7 @@ def write_ledger(
         return [(number * 0.7 + rng.normal(size=shape)).astype(np.float32) for shape in shapes.values()]
 
     example = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    with LedgerWriter.create(folder, weights=example, config={}, rounds=planned or rounds) as writer:
+    with LedgerWriter.create(folder, weights=example, config={}, rounds=planned or rounds, **options) as writer:
         for number in range(rounds):
             start, end = global_weights(number), global_weights(number + 1)
             rng = np.random.default_rng([2, number])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import tensorfile
+from fedlens.ledger import Keep, tensorfile
 from fedlens.report import plane as planes
 from fedlens.report.plane import compute_plane
 
@@ -80,6 +80,33 @@ def test_a_model_with_infinities_is_left_out(make_ledger):
     plane = compute_plane(make_ledger(change=spoil))
     assert list(plane.rounds[2].local_models) == ["ann", "cleo"]
     assert np.isfinite(points_of(plane)).all()
+
+
+@pytest.mark.parametrize("encoding", ["bf16-delta", "int8-delta"])
+def test_encoded_weights_are_drawn_as_the_reader_gives_them(make_ledger, monkeypatch, encoding):
+    monkeypatch.setattr(planes, "_BLOCK", 1000)
+    ledger = make_ledger(encodings=encoding)
+    plane = compute_plane(ledger)
+    weights = weights_of(ledger, plane)
+    left, strengths, _ = np.linalg.svd(weights - weights.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(points_of(plane)), np.abs(left[:, :2] * strengths[:2]), atol=1e-6)
+
+
+def test_what_was_not_kept_is_left_out(make_ledger):
+    ledger = make_ledger(keep=Keep(leaves="bias", every=2, clients=["bob", "ann"]))
+    plane = compute_plane(ledger)
+    assert [(drawn.number, list(drawn.local_models)) for drawn in plane.rounds] == [(n, ["ann", "bob"]) for n in (0, 2)]
+    biases = [
+        bias
+        for number in (0, 2)
+        for bias in (ledger.round(number).global_leaf("bias"), *ledger.round(number).leaf("bias", ["ann", "bob"]))
+    ]
+    end = tensorfile.read_all(ledger.path / "checkpoints" / "000003.safetensors")["weights/bias"]
+    weights = np.array([*biases, end], float)
+    left, strengths, _ = np.linalg.svd(weights - weights.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(points_of(plane)), np.abs(left[:, :2] * strengths[:2]), atol=1e-6)
+    with pytest.raises(LedgerError, match="none were kept"):
+        compute_plane(make_ledger(keep=Keep(statistics_only=True)))
 
 
 def test_a_run_of_nothing_but_infinities(make_ledger):

@@ -87,7 +87,7 @@ def test_the_comparison_of_clients():
     assert "those of 50 clients together (1,234)" in " ".join(table.split())
     assert "of the last round" not in table
     many = shown(tables.comparison_table([COMPARED], clients=656, evaluated=50, evaluated_examples=1))
-    assert "1 of 656 clients, those of the last round." in " ".join(many.split())
+    assert "1 of 656 clients, by their last stored models." in " ".join(many.split())
 
 
 @pytest.mark.parametrize(

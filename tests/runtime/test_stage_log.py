@@ -189,7 +189,7 @@ def test_a_computation_within_a_sink_has_lines_of_its_own(lines, clock):
 
 
 def test_a_run_says_how_long_each_round_waited_for_the_ledger(lines, clock, monkeypatch, tmp_path):
-    monkeypatch.setattr(LedgerWriter, "record", clock.moves(6, LedgerWriter.record))
+    monkeypatch.setattr(LedgerWriter, "commit", clock.moves(6, LedgerWriter.commit))
     examples = {"x": np.ones((3, 2), np.float32), "y": np.zeros(3, np.int32)}
     data = FederatedData.from_clients({"ann": examples, "bob": examples})
     model = fed.models.from_functions(

@@ -192,6 +192,50 @@ def export(
 
 
 @_command
+def verify(ledger: LedgerArgument, json: JsonOption = False) -> None:
+    """Check every checksum, and name what is damaged.
+
+    Each damaged round, client and leaf is named, and the exit code is 1 if there is any.
+    """
+    from fedlens.cli import upkeep
+
+    if not upkeep.verify(ledger, as_json=json):
+        raise typer.Exit(FAILED)
+
+
+@_command
+def prune(
+    ledger: LedgerArgument,
+    keep_every: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Keep rounds 0, N, 2N, ... and the last; remove the others.")
+    ] = None,
+    drop_client: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Remove a client from all rounds; may be given repeatedly.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    r"""Remove rounds, or clients with everything that is known of them.
+
+    What was removed is recorded, clients by a digest of their ids. Without options a removal that was interrupted is
+    finished.
+
+    \b
+    fedlens prune runs/digits --drop-client form-03 --drop-client form-07
+    """
+    from fedlens.cli import upkeep
+
+    upkeep.prune(ledger, keep_every, drop_client or [], dry_run=dry_run)
+
+
+@_command
+def du(ledger: LedgerArgument, json: JsonOption = False) -> None:
+    """Show where a ledger's bytes go, by round and by leaf."""
+    from fedlens.cli import upkeep
+
+    upkeep.usage(ledger, as_json=json)
+
+
+@_command
 def explain(
     target: Annotated[
         str, typer.Argument(metavar="MODULE:NAME", help="A computation or learning process; FILE.py:NAME works too.")

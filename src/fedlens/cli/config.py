@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedlens.cli.locate import line_of
 from fedlens.errors import ConfigError
+from fedlens.ledger import Keep
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -93,6 +94,22 @@ class Evaluation(Section):
     clients: Count | None = None
 
 
+class Kept(Section):
+    """What the ledger keeps of the local models, as `fed.run` takes it: `encodings`, and the fields of `fed.Keep`."""
+
+    encoding: Literal["raw", "bf16-delta", "int8-delta"] = "raw"
+    keep_leaves: Annotated[list[str], Field(min_length=1)] = ["*"]
+    keep_every: Count = 1
+    keep_clients: list[str] | None = None
+    statistics_only: bool = False
+
+    @property
+    def keep(self) -> Keep | None:
+        """Whose weights are stored; None is everybody's."""
+        found = Keep(self.keep_leaves, self.keep_every, self.keep_clients, self.statistics_only)
+        return None if found == Keep(["*"]) else found
+
+
 class Config(Section):
     """Everything that a run follows from."""
 
@@ -105,6 +122,7 @@ class Config(Section):
     model: Annotated[CNN | Perceptron | LSTM, Field(discriminator="architecture")]
     training: Training
     evaluation: Evaluation = Evaluation()
+    ledger: Kept = Kept()
 
 
 _SECTIONS: Mapping[str, Mapping[str, type[Section]]] = {  # section -> the value that tells its kind, if any -> its keys
@@ -112,6 +130,7 @@ _SECTIONS: Mapping[str, Mapping[str, type[Section]]] = {  # section -> the value
     "model": {"cnn": CNN, "mlp": Perceptron, "lstm": LSTM},
     "training": {"": Training},
     "evaluation": {"": Evaluation},
+    "ledger": {"": Kept},
 }
 _FITTING = {"digits": ("cnn", "mlp"), "shakespeare": ("lstm",)}
 
@@ -232,6 +251,8 @@ def _explain(error: Mapping[str, Any], where: str, text: str) -> str:
         return f"Expected [{key}] to be a section, found {found!r}, {place}."
     if what == "string_pattern_mismatch":
         return f"Expected {key} of letters, digits, '.', '_' and '-', found {found!r}, {place}."
+    if what == "too_short":
+        return f"Expected {key} to have at least {error['ctx']['min_length']} item, found {found!r}, {place}."
     wanted = error["msg"].replace("Input should be", "to be").replace("Input should have", "to have")
     return f"Expected {key} {wanted[0].lower() + wanted[1:]}, found {found!r}, {place}."
 

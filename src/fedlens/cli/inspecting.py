@@ -24,7 +24,7 @@ def list_ledgers(folder: Path | None, *, as_json: bool) -> None:
     paths = find_ledgers(root) if folder is not None or root.is_dir() else []
     found = [(_name(path, root), _summary(path)) for path in paths]
     if as_json:
-        _print_json([{"name": name} | summary for name, summary in found])
+        print_json([{"name": name} | summary for name, summary in found])
     elif found:
         results().print(tables.ledgers_table(found))
     else:
@@ -61,9 +61,14 @@ def export(folder: Path, number: int, client: str, out: Path) -> None:
     messages().print(f"Wrote the local model of client {client!r} after round {number} to {out}.")
 
 
+def print_json(value: Any) -> None:
+    """Prints a value as JSON, which has no NaN: null stands for it."""
+    print(json.dumps(summaries.finite(value), indent=1, ensure_ascii=False, allow_nan=False))  # noqa: T201
+
+
 def _show(summary: summaries.Summary, rows: str, as_json: bool, heading: Any = None) -> None:
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     if heading is not None:
         results().print(heading(summary))
@@ -90,7 +95,3 @@ def _summary(path: Path) -> summaries.Summary:
 
 def _name(path: Path, root: Path) -> str:
     return path.resolve().name if path == root else str(path.relative_to(root))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(summaries.finite(value), indent=1, ensure_ascii=False, allow_nan=False))  # noqa: T201

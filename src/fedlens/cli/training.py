@@ -82,6 +82,8 @@ def _train(config: Config, folder: Path, *, resume_: bool) -> None:
                     clients_per_round=config.clients_per_round,
                     test=experiment.evaluated,
                     ledger=folder,
+                    encodings=config.ledger.encoding,
+                    keep=config.ledger.keep,
                     config={_EXPERIMENT: config.model_dump(mode="json", exclude_none=True)},
                 )
         _report(experiment, finished.state.weights, Ledger(folder))
@@ -96,11 +98,14 @@ def _report(experiment: Any, weights: Any, ledger: Ledger) -> None:
     from fedlens.report.tables import comparison_table
 
     local_models = last_local_models(ledger)
+    if not local_models:
+        results().print("No client is compared: the ledger keeps no whole local model.")
     rows = compare_clients(experiment.process.model, weights, local_models, experiment.held_out, experiment.evaluated)
     everybody = experiment.evaluated
     results().print(comparison_table(rows, len(ledger.clients), len(everybody), everybody.num_examples))
-    picture = save_overview(ledger)
-    results().print(f"Ledger:   {ledger.path}\nOverview: {picture}")
+    results().print(f"Ledger:   {ledger.path}")
+    if any(ledger.round(number).kept_ids for number in ledger.rounds):
+        results().print(f"Overview: {save_overview(ledger)}")
 
 
 def _check_new(folder: Path | None) -> None:
@@ -129,7 +134,7 @@ def _what_is_safe(folder: Path) -> str:
     """After an interruption: which rounds are committed, and how to go on."""
     try:
         ledger = Ledger(folder)
-        done, planned = len(ledger.rounds), ledger.planned_rounds
+        done, planned = max(ledger.rounds, default=-1) + 1, ledger.planned_rounds
     except LedgerError:
         return "Interrupted before the first round; nothing was kept."
     safe = {0: "no round is kept yet", 1: "round 0 is safe"}.get(done, f"rounds 0 to {done - 1} are safe")

@@ -7,7 +7,7 @@ the clients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ from fedlens.learning.local_models import LocalModels
 from fedlens.learning.metrics import EXAMPLES
 from fedlens.learning.state import WEIGHTS
 from fedlens.runtime import ClientValues
+from fedlens.runtime.context import ResultSink
 from fedlens.runtime.values import Part
 
 WORK = "client_work"
 UPDATE, SUMS, METRICS = "update", "sums", "metrics"
+_TAPPED = "1/"  # where what was tapped is in the result of a tapped computation
 _COUNTS = (EXAMPLES, "weight")  # what a client work may call the number of its examples
 
 
@@ -73,6 +75,15 @@ class Capture:
         fields = [(EXAMPLES, counts), (WEIGHTS, _added(global_weights, model) if self.is_update else model)]
         measured = [] if self.measured is None else _measured(tapped[self.measured], self.are_sums)
         return LocalModels(_side_by_side([(METRICS, _side_by_side(measured, counts)), *fields]), global_weights)
+
+    def passed_on(self, sink: Callable[[LocalModels], None], global_weights: Any) -> ResultSink:
+        """A sink for the tapped round that gives `sink` the local models of each chunk of clients."""
+
+        def pass_on(chunk: Mapping[str, ClientValues]) -> None:
+            tapped = {path.removeprefix(_TAPPED): values for path, values in chunk.items()}
+            sink(self.local_models(tapped, global_weights))
+
+        return pass_on
 
 
 def capture_of(round_: framework.ConcreteComputation, weights_type: fl.Type) -> Capture:

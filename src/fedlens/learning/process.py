@@ -7,6 +7,7 @@ else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from federated_language import framework
 
 from fedlens.compiler import tap
 from fedlens.learning.capture import Capture, capture_of
+from fedlens.learning.local_models import LocalModels
 from fedlens.learning.metrics import EXAMPLES, LOSS
 from fedlens.learning.models import Model
 from fedlens.learning.randomness import client_keys, run_key
@@ -61,18 +63,21 @@ class LearningProcess:
         takes_key = self.initialize_computation.type_signature.parameter is not None
         return current_context().run(self.initialize_computation, run_key(seed) if takes_key else None).value
 
-    def next(self, state: Any, cohort: Cohort) -> Any:
+    def next(self, state: Any, cohort: Cohort, *, sink: Callable[[LocalModels], None] | None = None) -> Any:
         """Runs one round.
 
         Args:
           state: what `initialize` or the last round returned.
           cohort: who takes part.
+          sink: takes the local models of a process that hands them out chunk by chunk, in cohort order, while the next
+            chunk computes, instead of holding them all in memory.
 
         Returns:
           The new state and the metrics of the round; and, after `with_local_models()`, the `LocalModels`. Metrics are
           what the round reports; in `fed.learning` loss and the model's metrics as means over all examples,
           `num_examples` and `num_clients` (who took part with examples). `clients_dropped` and, where the round says
-          who took part, `clients_without_examples` are added.
+          who took part, `clients_without_examples` are added. With a sink the ids of the clients that were dropped
+          stand in place of the local models.
 
         Raises:
           CohortError: the clients' data are not what the model reads.
@@ -84,16 +89,18 @@ class LearningProcess:
             key, round_number = (field_of(state, name) for name in (KEY, ROUND))
             keys = client_keys(np.asarray(key), int(round_number), cohort.ids)
             argument = (state, of_array(cohort.ids, keys), cohort)
-        outcome = current_context().run(self.next_computation, argument, on_nonfinite=self.on_nonfinite)
-        result, tapped = (outcome.value, {}) if self.capture is None else outcome.value
+        capture, weights = self.capture, self.get_model_weights(state)
+        forward = None if capture is None or sink is None else capture.passed_on(sink, weights)
+        outcome = current_context().run(self.next_computation, argument, on_nonfinite=self.on_nonfinite, sink=forward)
+        result, tapped = (outcome.value, {}) if capture is None else outcome.value
         new_state, measured = result
         metrics = self._metrics(measured)
         if "num_clients" in metrics:
             metrics["clients_without_examples"] = len(cohort) - len(outcome.dropped) - metrics["num_clients"]
         metrics["clients_dropped"] = len(outcome.dropped)
-        if self.capture is None:
+        if capture is None:
             return new_state, metrics
-        return new_state, metrics, self.capture.local_models(tapped, self.get_model_weights(state))
+        return new_state, metrics, outcome.dropped if sink is not None else capture.local_models(tapped, weights)
 
     def check(self, cohort: Cohort) -> None:
         """Checks, without computing anything, that the clients hold what the model reads.

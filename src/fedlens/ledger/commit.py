@@ -1,21 +1,36 @@
-"""One round on its way to the disk: its weights, its checkpoint, and last its table of clients, which commits it."""
+"""One round on its way to the disk: files of weights, the checkpoint, and last its table of clients, which commits it.
+
+Clients come in deliveries; each becomes one weights file as it comes, so a round of any size passes through little
+memory. How far a client went along with the others (the cosine of its update and the mean update) is known only when
+all were there. A single delivery of finite clients is measured in one pass (`measure.py`); other rounds are gone over
+once more when they end, small ones from memory, others from the files.
+"""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import durable, folder, measure, table, tensorfile
+from fedlens.ledger import durable, encodings, folder, measure, table, tensorfile
+from fedlens.ledger.delivery import Delivery
 from fedlens.ledger.format import Run
-from fedlens.ledger.records import RoundRecord
+from fedlens.ledger.measure import PerRow
+from fedlens.ledger.records import ClientPart, RoundRecord
+from fedlens.ledger.table import NOT_KEPT, ClientRows
 from fedlens.ledger.tensorfile import AnyArray
 
-_BLOCK = 4 << 20  # bytes of clients' rows that are measured and written in one go
+HELD = 256 << 20  # bytes of a round's deliveries that stay in memory until the round ends
+
+_BLOCK = 1 << 20  # bytes of clients' rows that are encoded, checksummed and written in one go
+
+# One leaf of a delivery's clients once more, block by block: the leaf's place -> the first client's place, the rows.
+_Again = Callable[[int], Iterator[tuple[int, AnyArray]]]
 
 
 def write_round(path: Path, run: Run, record: RoundRecord) -> None:
@@ -24,23 +39,251 @@ def write_round(path: Path, run: Run, record: RoundRecord) -> None:
     Raises:
       OSError: what the operating system reports; the round may then be torn.
     """
-    number = int(record.round)
-    clients = sum(len(part.ids) for part in record.parts)
-    squares = np.zeros((clients, len(run.leaves)))
-    checksums = np.zeros((clients, len(run.leaves)), np.uint32)
-    durable.write_file(folder.weights_file(path, number), _weights(run, record, squares, checksums))
-    durable.write_file(folder.checkpoint_file(path, number), tensorfile.whole_file(record.checkpoint))
-    durable.sync_folder(path / folder.ROUNDS)
-    durable.sync_folder(path / folder.CHECKPOINTS)
-    summary = table.RoundSummary(
-        number,
-        record.metrics,
-        {leaf.name: _checksum(array) for leaf, array in zip(run.leaves, record.global_weights, strict=True)},
-        {name: _checksum(array) for name, array in record.checkpoint.items()},
-    )
-    rows = table.build_table(record, run.leaves, squares, checksums, summary)
-    durable.replace_file(folder.clients_file(path, number), [table.to_parquet(rows)])
-    folder.clear_checkpoints(path, number)
+    this = RoundWriter(path, run, record.round, record.global_weights)
+    if record.parts:
+        this.add(record.parts)
+    this.commit(record.metrics, record.checkpoint, record.dropped)
+
+
+class RoundWriter:
+    """Writes one round: `add` for each delivery of clients, then `commit`, or `discard`. What it takes was checked."""
+
+    def __init__(self, path: Path, run: Run, number: int, global_weights: Sequence[AnyArray]) -> None:
+        """Starts round `number`; nothing is written yet."""
+        self._path, self._run, self._number = path, run, int(number)
+        self._global = [np.asarray(leaf) for leaf in global_weights]
+        self._rows: list[ClientRows] = []
+        self._again: list[_Again] = []
+        self._files = 0
+        self._held = 0
+        self._scratch: list[Path] = []
+        self._cached: list[Path] = []
+        self._begun: durable.Begun | None = None  # the last file of weights
+        self._total = [np.zeros(measure.width(leaf)) for leaf in self._global]
+        self._weight = 0.0
+        self._products: PerRow | None = None  # of each client's update and the sum of all; None if not known
+
+    def add(self, parts: Sequence[ClientPart]) -> bool:
+        """Writes a delivery of clients; returns whether it reads the arrays again when the round ends.
+
+        Raises:
+          LedgerError: a client's leaf cannot be encoded.
+          OSError: what the operating system reports.
+        """
+        delivery = Delivery(parts, self._global)
+        rows = [self._new_rows(part, squares) for part, squares in zip(parts, delivery.squares_by_part(), strict=True)]
+        size = sum(leaf.nbytes for part in parts for leaf in part.weights)
+        held = self._held + size <= HELD
+        in_full = all(leaf.encoding == encodings.RAW for leaf in self._run.leaves) and all(
+            bool(each.stored.all()) for each in rows
+        )
+        target = folder.weights_file(self._path, self._number, self._files)
+        self._finish_file()
+        pieces = self._pieces(rows, delivery)
+        self._begun = durable.begin_file(target, pieces, keep_cached=in_full and not held)
+        delivery.leave_out_nonfinite()
+        self._products = delivery.products if self._files == 0 else None
+        for total, of_delivery in zip(self._total, delivery.sums, strict=True):
+            total += of_delivery
+        self._weight += float(delivery.weights.sum())
+        if held:
+            self._held += size
+            self._again += [_from_memory(part) for part in parts]
+        elif in_full:
+            self._cached.append(target)
+            self._again += self._from_file(target, rows, "local/")
+        else:
+            scratch = folder.scratch_file(self._path, self._number, self._files)
+            self._scratch.append(scratch)
+            durable.write_file(scratch, self._whole(parts), keep_cached=True)
+            self._again += self._from_file(scratch, rows, "")
+        self._files += 1
+        # The arrays of what is read from files go with the next collection.
+        kept = rows if held else [replace(each, of=replace(each.of, weights=[])) for each in rows]
+        self._rows += kept
+        return held
+
+    def mean_update(self) -> list[AnyArray]:
+        """The mean of the updates of the clients so far, leaf by leaf: float64, flat, complex numbers as pairs.
+
+        Weighted by examples, without the clients whose update is not finite; zero if nobody is left.
+        """
+        with np.errstate(all="ignore"):
+            return [total / self._weight if self._weight else np.zeros_like(total) for total in self._total]
+
+    def commit(
+        self, metrics: Mapping[str, float], checkpoint: Mapping[str, AnyArray], dropped: Collection[str]
+    ) -> None:
+        """Writes what ends the round, and removes the checkpoints before it.
+
+        Raises:
+          OSError: what the operating system reports; the round may then be torn.
+        """
+        if not self._files:
+            durable.write_file(
+                folder.weights_file(self._path, self._number), self._pieces([], Delivery([], self._global))
+            )
+        rows = self._with_cosines()
+        self._again.clear()  # they hold arrays, and this object, which would wait for the collector of cycles
+        self._finish_file()  # now: while cosines were computed, the disk was at work
+        for path in self._scratch:
+            path.unlink()
+        for path in self._cached:
+            durable.drop_cached(path)
+        durable.write_file(folder.checkpoint_file(self._path, self._number), tensorfile.whole_file(checkpoint))
+        durable.sync_folder(self._path / folder.ROUNDS)
+        durable.sync_folder(self._path / folder.CHECKPOINTS)
+        summary = table.RoundSummary(
+            self._number,
+            metrics,
+            {leaf.name: _checksum(array) for leaf, array in zip(self._run.leaves, self._global, strict=True)},
+            {name: _checksum(array) for name, array in checkpoint.items()},
+        )
+        clients = table.build_table(rows, self._run.leaves, frozenset(dropped), summary)
+        durable.replace_file(folder.clients_file(self._path, self._number), [table.to_parquet(clients)])
+        folder.clear_checkpoints(self._path, self._number)
+
+    def discard(self) -> None:
+        """Removes what was written of a round that will not be committed; what cannot be removed stays torn."""
+        self._again.clear()
+        if self._begun is not None:
+            durable.forget_file(self._begun)
+        files = [folder.weights_file(self._path, self._number, part) for part in range(self._files + 1)]
+        for path in (*files, *self._scratch):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _finish_file(self) -> None:
+        """Waits until the last file of weights is on the disk."""
+        if self._begun is not None:
+            file, self._begun = self._begun, None
+            durable.finish_file(file)
+
+    def _new_rows(self, part: ClientPart, squares: AnyArray) -> ClientRows:
+        """A delivery's rows of the table, with nothing measured yet."""
+        keep, shape = self._run.keep, (len(part.ids), len(self._run.leaves))
+        if keep is None:
+            kept = np.ones(len(part.ids), bool)
+        elif not keep.keeps_round(self._number):
+            kept = np.zeros(len(part.ids), bool)
+        else:
+            kept = np.array([keep.keeps_client(client) for client in part.ids], bool)
+        leaves = np.array([leaf in self._run.kept_leaves for leaf in self._run.leaves])
+        stored = kept[:, None] & leaves[None, :]
+        has_scale = np.array([leaf.encoding == encodings.INT8_DELTA for leaf in self._run.leaves])
+        return ClientRows(
+            part,
+            np.where(kept, self._files, NOT_KEPT),
+            np.where(kept, 0, NOT_KEPT),  # counted when the rows of all parts are known
+            squares,
+            np.zeros(shape, np.uint32),
+            stored,
+            np.zeros(shape),
+            stored & has_scale,
+            np.full(len(part.ids), np.nan),
+        )
+
+    def _pieces(self, rows: Sequence[ClientRows], delivery: Delivery) -> Iterator[Any]:
+        """The pieces of a weights file; measures each leaf before it passes."""
+        count = 0
+        for each in rows:
+            kept = each.row != NOT_KEPT
+            each.row[kept] = count + np.arange(int(kept.sum()))
+            count += int(kept.sum())
+        leaves = self._run.leaves
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if self._files == 0:
+            tensors |= {f"global/{leaf.name}": (leaf.dtype, leaf.shape) for leaf in leaves}
+        tensors |= {
+            f"local/{leaf.name}": (encodings.stored_dtype(leaf.encoding, leaf.dtype), (count, *leaf.shape))
+            for leaf in self._run.kept_leaves
+        }
+        places = {f"{kind}/{leaf.name}": place for place, leaf in enumerate(leaves) for kind in ("global", "local")}
+        start, order = tensorfile.layout(tensors)
+        yield start
+        for name in order:
+            if name.startswith("global/"):
+                yield tensorfile.as_bytes(self._global[places[name]])
+            else:
+                delivery.measure(places[name])
+                for each in rows:
+                    yield from self._stored(each, places[name])
+        for place, leaf in enumerate(leaves):
+            if f"local/{leaf.name}" not in tensors:
+                delivery.measure(place)
+
+    def _stored(self, rows: ClientRows, place: int) -> Iterator[Any]:
+        """The bytes of one leaf of those clients who are stored, block by block."""
+        leaf, reference = self._run.leaves[place], self._global[place]
+        array = np.asarray(rows.of.weights[place])
+        stored = np.flatnonzero(rows.stored[:, place])
+        step = _step(reference)
+        for first in range(0, len(stored), step):
+            chosen = stored[first : first + step]
+            start, stop = int(chosen[0]), int(chosen[-1]) + 1
+            block = array[start:stop] if stop - start == len(chosen) else array[chosen]
+            try:
+                encoded, scales = encodings.encode(block, reference, leaf.encoding)
+            except encodings.EncodingError as error:
+                client = rows.of.ids[chosen[error.row]]
+                raise LedgerError(f"{error} In leaf {leaf.name!r} of client {client!r}.") from None
+            content = tensorfile.as_bytes(encoded)
+            rows.checksums[chosen, place] = measure.checksums(content.reshape(len(chosen), -1))
+            if scales is not None:
+                rows.scales[chosen, place] = scales
+            yield content
+
+    def _with_cosines(self) -> list[ClientRows]:
+        """The rows with the cosine of each client's update and the mean update."""
+        with np.errstate(all="ignore"):
+            # Not by BLAS, whose threads would take turns with those that train.
+            length = float(np.sqrt(sum(float(np.einsum("i,i", total, total)) for total in self._total)))
+        if not (0 < length < np.inf):
+            return self._rows
+        starts = np.cumsum([len(each.of.ids) for each in self._rows])[:-1]
+        known = None if self._products is None else np.split(self._products, starts)
+        measured = []
+        for number, (each, again) in enumerate(zip(self._rows, self._again, strict=True)):
+            norms = np.sqrt(each.squares.sum(axis=1))
+            products = self._products_of(again, len(norms)) if known is None else known[number]
+            with np.errstate(all="ignore"):
+                cosines = np.clip(products / norms / length, -1.0, 1.0)
+            measured.append(replace(each, cosine=np.where((norms > 0) & np.isfinite(norms), cosines, np.nan)))
+        return measured
+
+    def _products_of(self, again: _Again, clients: int) -> PerRow:
+        """The inner product of each client's update with the weighted sum of all updates, which the mean is along."""
+        products = np.zeros(clients)
+        for place, (reference, total) in enumerate(zip(self._global, self._total, strict=True)):
+            for first, block in again(place):
+                products[first : first + len(block)] += measure.projections(block, reference, total)
+        return products
+
+    def _whole(self, parts: Sequence[ClientPart]) -> Iterator[Any]:
+        """The pieces of a file with all leaves of all clients, as they are."""
+        clients = sum(len(part.ids) for part in parts)
+        names = {leaf.name: place for place, leaf in enumerate(self._run.leaves)}
+        start, order = tensorfile.layout({leaf.name: (leaf.dtype, (clients, *leaf.shape)) for leaf in self._run.leaves})
+        yield start
+        for name in order:
+            for part in parts:
+                yield tensorfile.as_bytes(np.asarray(part.weights[names[name]]))
+
+    def _from_file(self, path: Path, rows: Sequence[ClientRows], prefix: str) -> list[_Again]:
+        """For each part of a delivery its leaves, from a file that has those of all of them."""
+        starts = np.cumsum([0, *(len(each.of.ids) for each in rows)])
+
+        def again(start: int, clients: int) -> _Again:
+            def blocks(place: int) -> Iterator[tuple[int, AnyArray]]:
+                slot = tensorfile.read_slots(path)[prefix + self._run.leaves[place].name]
+                step = _step(self._global[place])
+                for first in range(0, clients, step):
+                    last = min(first + step, clients)
+                    yield first, tensorfile.read_slot(path, slot, slice(start + first, start + last))
+
+            return blocks
+
+        return [again(int(start), len(each.of.ids)) for start, each in zip(starts, rows, strict=False)]
 
 
 def read_checkpoint(ledger: Path, run: Run, number: int) -> dict[str, AnyArray]:
@@ -61,32 +304,14 @@ def read_checkpoint(ledger: Path, run: Run, number: int) -> dict[str, AnyArray]:
     return {name: arrays[name] for name in expected}
 
 
-def _weights(run: Run, record: RoundRecord, squares: AnyArray, checksums: AnyArray) -> Iterator[Any]:
-    """The pieces of a round's weights file; fills in each client's squared norms and checksums as they pass."""
-    clients = len(squares)
-    tensors = {f"global/{leaf.name}": (leaf.dtype, leaf.shape) for leaf in run.leaves}
-    tensors |= {f"local/{leaf.name}": (leaf.dtype, (clients, *leaf.shape)) for leaf in run.leaves}
-    columns = {name: column % len(run.leaves) for column, name in enumerate(tensors)}
-    start, order = tensorfile.layout(tensors)
-    yield start
-    for name in order:
-        column = columns[name]
-        reference = np.asarray(record.global_weights[column])
-        if name.startswith("global/"):
-            yield tensorfile.as_bytes(reference)
-            continue
-        step = max(1, _BLOCK // max(1, reference.nbytes))
-        row = 0
-        for part in record.parts:
-            for first in range(0, len(part.ids), step):
-                block = np.asarray(part.weights[column])[first : first + step]
-                stored = tensorfile.as_bytes(block)
-                rows = slice(row, row + len(block))
-                squares[rows, column] = measure.squared_norms(block, reference)
-                checksums[rows, column] = measure.checksums(stored.reshape(len(block), -1))
-                row += len(block)
-                yield stored
+def _from_memory(part: ClientPart) -> _Again:
+    return lambda place: iter([(0, np.asarray(part.weights[place]))])
+
+
+def _step(reference: AnyArray) -> int:
+    """How many clients' rows of a leaf make a block: a power of two."""
+    return 1 << max(0, (_BLOCK // max(1, reference.nbytes)).bit_length() - 1)
 
 
 def _checksum(array: AnyArray) -> int:
-    return zlib.crc32(tensorfile.as_bytes(np.asarray(array)))
+    return int(measure.checksums(tensorfile.as_bytes(np.asarray(array))[None])[0])

@@ -11,8 +11,11 @@ import fcntl
 import os
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fedlens.ledger import direct
 
 TEMPORARY = ".tmp"  # suffix of a file that is being written and will be renamed
 
@@ -22,35 +25,89 @@ _SYNC_EVERY = 256 << 20  # bytes; letting more dirty pages pile up slowed the di
 _LONGEST_WRITE = 1 << 30  # bytes; Linux writes at most 2 GiB - 4 KiB in one call
 
 
-def write_file(path: Path, pieces: Iterable[Any]) -> None:
+def write_file(path: Path, pieces: Iterable[Any], *, keep_cached: bool = False) -> None:
     """Writes `pieces` (bytes or byte arrays) one after the other to `path` and through to the disk.
 
-    The pages leave the cache as they are synced: nobody reads a round back while the next ones are written. When
-    writing fails, the incomplete file is removed, which on a full disk gives its room back.
+    What is large goes past the cache (`direct.py`), unless `keep_cached`: then it can be read again without the disk,
+    and `drop_cached` lets go of it later. When writing fails, the incomplete file is removed, which gives a full disk
+    its room back.
 
     Raises:
       OSError: what the operating system reports.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    finish_file(begin_file(path, pieces, keep_cached=keep_cached))
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A file whose bytes are on their way to the disk; `finish_file` waits until they are there."""
+
+    path: Path
+    descriptor: int
+    keep_cached: bool
+
+
+def begin_file(path: Path, pieces: Iterable[Any], *, keep_cached: bool = False) -> Begun:
+    """Writes `pieces` as `write_file` does, but for the end, where it leaves the disk at work.
+
+    Raises:
+      OSError: what the operating system reports.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    file = Begun(path, os.open(path, flags, 0o666), keep_cached)
     try:
-        try:
-            written = started = synced = 0
-            for piece in pieces:
-                written += _write(descriptor, memoryview(piece))
-                if written - synced >= _SYNC_EVERY:
-                    os.fsync(descriptor)
-                    synced = written
-                if written - started >= _START_EVERY:
-                    _drop(descriptor, started, written)
-                    started = written
-            os.fsync(descriptor)
-            _drop(descriptor, 0, written)
-        finally:
-            os.close(descriptor)
+        written = started = synced = 0
+        for piece in pieces if keep_cached else direct.written(file.descriptor, pieces):
+            _write(file.descriptor, memoryview(piece))
+            written = os.lseek(file.descriptor, 0, os.SEEK_CUR)  # with what went past the cache
+            if written - synced >= _SYNC_EVERY:
+                os.fsync(file.descriptor)
+                synced = written
+            if written - started >= _START_EVERY:
+                _drop(file.descriptor, started, written)
+                started = written
+        _drop(file.descriptor, started, written)
     except BaseException:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        forget_file(file)
         raise
+    return file
+
+
+def finish_file(file: Begun) -> None:
+    """Waits until a file is on the disk, and closes it; see `write_file`.
+
+    Raises:
+      OSError: what the operating system reports.
+    """
+    try:
+        os.fsync(file.descriptor)
+        if not file.keep_cached:
+            _drop(file.descriptor, 0, 0)  # to the end
+        os.close(file.descriptor)
+    except BaseException:
+        forget_file(file)
+        raise
+
+
+def forget_file(file: Begun) -> None:
+    """Closes and removes a file that was begun."""
+    with contextlib.suppress(OSError):
+        os.close(file.descriptor)
+    with contextlib.suppress(OSError):
+        file.path.unlink()
+
+
+def drop_cached(path: Path) -> None:
+    """Lets go of the cached pages of a file that is on the disk.
+
+    Raises:
+      OSError: what the operating system reports.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _drop(descriptor, 0, 0)  # to the end
+    finally:
+        os.close(descriptor)
 
 
 def replace_file(path: Path, pieces: Iterable[Any]) -> None:
@@ -101,6 +158,21 @@ def lock(descriptor: int) -> bool:
             return True
 
 
+def holder_of(descriptor: int) -> str:
+    """Who holds the lock on an open file, in words: the process's number where the system tells it."""
+    found = os.fstat(descriptor)
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    try:
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:  # Linux alone has the list
+        locks = []
+    # A line reads `1: FLOCK ADVISORY WRITE <process> <device>:<inode> 0 EOF`; one that waits has `->` after its number.
+    for line in locks:
+        if line[1:2] == ["FLOCK"] and len(line) > 5 and line[5] == f"{device}:{found.st_ino}" and int(line[4]) > 0:
+            return "this process" if int(line[4]) == os.getpid() else f"process {line[4]}"
+    return "this process or another"
+
+
 def is_locked(path: Path) -> bool:
     """Whether a writer, in this process or another, holds the lock on the file at `path`.
 
@@ -127,11 +199,10 @@ def _sizes(folder: Path) -> Iterator[int]:
                 yield os.stat(os.path.join(parent, name)).st_size
 
 
-def _write(descriptor: int, memory: memoryview) -> int:
+def _write(descriptor: int, memory: memoryview) -> None:
     remaining = memory
     while remaining:
         remaining = remaining[os.write(descriptor, remaining[:_LONGEST_WRITE]) :]
-    return memory.nbytes
 
 
 def _drop(descriptor: int, start: int, end: int) -> None:

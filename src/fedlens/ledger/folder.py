@@ -14,10 +14,17 @@ RUN = "run.json"
 ROUNDS = "rounds"
 CHECKPOINTS = "checkpoints"
 
+_SCRATCH = re.compile(r"[0-9]{6,}\.[0-9]+\.scratch\.tmp")
 
-def weights_file(folder: Path, number: int) -> Path:
-    """The file with a round's global and local models."""
-    return folder / ROUNDS / f"{number:06d}.safetensors"
+
+def weights_file(folder: Path, number: int, part: int = 0) -> Path:
+    """A file with local models of a round; part 0 has the global model too."""
+    return folder / ROUNDS / (f"{number:06d}.safetensors" if part == 0 else f"{number:06d}.{part}.safetensors")
+
+
+def scratch_file(folder: Path, number: int, part: int) -> Path:
+    """Where weights wait that are read once more before the round ends, and are not stored."""
+    return folder / ROUNDS / f"{number:06d}.{part}.scratch{durable.TEMPORARY}"
 
 
 def clients_file(folder: Path, number: int) -> Path:
@@ -41,6 +48,14 @@ def committed_rounds(folder: Path) -> list[int]:
     except OSError as error:
         raise LedgerError(f"Expected a folder of rounds, found: {error.strerror}, in {folder / ROUNDS}.") from error
     return sorted(number for name in names if (number := number_of(name, ".parquet")) is not None)
+
+
+def part_of(name: str) -> tuple[int, int] | None:
+    """The round and the part whose weights a file called `name` holds, or None when it is no such file."""
+    match = re.fullmatch(r"([0-9]{6,})(?:\.([1-9][0-9]*))?\.safetensors", name)
+    if match is None or match[1] != f"{int(match[1]):06d}":
+        return None
+    return int(match[1]), int(match[2] or 0)
 
 
 def number_of(name: str, suffix: str) -> int | None:
@@ -71,16 +86,13 @@ def start(folder: Path, text: bytes) -> int:
     try:
         # The lock is taken under the temporary name and goes along with the rename: no second writer fits in between.
         if not durable.lock(descriptor) or (folder / RUN).exists():
-            raise LedgerError(f"Expected no other writer, found one, in {folder}. Choose another folder.")
+            raise LedgerError(
+                f"Expected no other writer, found one ({durable.holder_of(descriptor)}), in {folder}. "
+                "Choose another folder."
+            )
         for subfolder in subfolders:
             subfolder.mkdir(exist_ok=True)
-        os.ftruncate(descriptor, 0)
-        remaining = memoryview(text)
-        while remaining:
-            remaining = remaining[os.write(descriptor, remaining) :]
-        os.fsync(descriptor)
-        os.replace(temporary, folder / RUN)
-        durable.sync_folder(folder)
+        _put_in_place(folder, descriptor, text)
         durable.sync_folder(folder.parent)
     except OSError as error:
         if not isinstance(error, LedgerError):
@@ -89,6 +101,36 @@ def start(folder: Path, text: bytes) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def replace_run(folder: Path, text: bytes, lock: int) -> int:
+    """Puts another `run.json` in place for the writer that holds `lock`; returns the new file's locked descriptor.
+
+    Raises:
+      OSError: what the operating system reports; the old file, and its lock, are as they were.
+    """
+    temporary = folder / (RUN + durable.TEMPORARY)
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        durable.lock(descriptor)  # nobody else has it: a writer that creates here finds a ledger first
+        _put_in_place(folder, descriptor, text)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        os.close(descriptor)
+        raise
+    os.close(lock)
+    return descriptor
+
+
+def _put_in_place(folder: Path, descriptor: int, text: bytes) -> None:
+    os.ftruncate(descriptor, 0)
+    remaining = memoryview(text)
+    while remaining:
+        remaining = remaining[os.write(descriptor, remaining) :]
+    os.fsync(descriptor)
+    os.replace(folder / (RUN + durable.TEMPORARY), folder / RUN)
+    durable.sync_folder(folder)
 
 
 def clear_torn(folder: Path) -> None:
@@ -100,9 +142,9 @@ def clear_torn(folder: Path) -> None:
     """
     committed = committed_rounds(folder)
     for path in (folder / ROUNDS).iterdir():
-        number = number_of(path.name, ".safetensors")
+        part = part_of(path.name)
         half_table = number_of(path.name, ".parquet" + durable.TEMPORARY) is not None
-        if half_table or (number is not None and number not in committed):
+        if half_table or _SCRATCH.fullmatch(path.name) or (part is not None and part[0] not in committed):
             path.unlink()
     clear_checkpoints(folder, committed[-1] if committed else None)
 

@@ -13,18 +13,21 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from fedlens import trees  # `from fedlens import` asks the lazy package first, which loads JAX to look
 from fedlens.errors import FedlensError, LedgerError
+from fedlens.ledger import encodings as encoding
+from fedlens.ledger import seal
 from fedlens.ledger.folder import RUN
+from fedlens.ledger.keep import Keep
 from fedlens.ledger.tensorfile import dtype_of
 
 FORMAT = "fedlens-ledger"
-FORMAT_VERSION = 1
-READ_BY = "fedlens 0.1 and later"  # which fedlens reads FORMAT_VERSION
-ENCODING = "raw"
+FORMAT_VERSION = 2  # what is written
+READ_BY = {1: "fedlens 0.1 and later", 2: "fedlens 0.1 and later"}  # which fedlens reads which version
 ROOT_LEAF = "weights"  # the name of a model that is one array
 
 _LIBRARIES = ("fedlens", "jax", "numpy", "pyarrow")
@@ -36,11 +39,12 @@ class NotInLedgerError(LedgerError, KeyError):
 
 @dataclass(frozen=True)
 class Leaf:
-    """One leaf of the model: its path, its shape without the clients' axis, its dtype's name."""
+    """One leaf of the model: its path, its shape without the clients' axis, its dtype's name, its encoding."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    encoding: str = encoding.RAW
 
 
 @dataclass(frozen=True)
@@ -49,38 +53,54 @@ class Run:
 
     Attributes:
       config: the run's configuration, plain JSON.
-      planned_rounds: how many rounds make the run complete.
+      planned_rounds: how many rounds make the run complete; None for a run of which nobody knows.
       skeleton: the model's containers, see `trees.skeleton`.
       leaves: the model's leaves in field order.
       versions: name -> version of the libraries that made the run.
+      encodings: pattern of leaf names -> encoding, in order; `leaves` have what follows from it.
+      keep: whose weights are stored; None is everybody's.
+      format_version: the version of the format that the ledger is in.
       policy: what the stored models disclose, plain JSON; None if nothing is known of it.
     """
 
     config: Mapping[str, Any]
-    planned_rounds: int
+    planned_rounds: int | None
     skeleton: trees.Skeleton
     leaves: tuple[Leaf, ...]
     versions: Mapping[str, str]
+    encodings: tuple[tuple[str, str], ...] = ()
+    keep: Keep | None = None
+    format_version: int = FORMAT_VERSION
     policy: Mapping[str, Any] | None = None
+
+    @property
+    def kept_leaves(self) -> tuple[Leaf, ...]:
+        """The leaves of which clients' weights are stored."""
+        return tuple(leaf for leaf in self.leaves if self.keep is None or self.keep.keeps_leaf(leaf.name))
 
 
 def describe(
     weights: trees.PyTree,
     config: Mapping[str, Any],
-    rounds: int,
+    rounds: int | None,
     versions: Mapping[str, str],
+    encodings: str | Mapping[str, str] | None = None,
+    keep: Keep | None = None,
     policy: Mapping[str, Any] | None = None,
 ) -> Run:
     """Describes a run from an example of its model's weights.
 
     Raises:
-      LedgerError: no leaves, two leaves of one name, a dtype that cannot be stored, a config that is not JSON.
+      LedgerError: no leaves, two leaves of one name, a dtype that cannot be stored, a config that is not JSON, an
+        encoding that is none, a pattern that no leaf matches.
     """
+    rules = encoding.rules_of(encodings)
     leaves = []
     for name, leaf in trees.items(weights):
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise LedgerError(f"Expected arrays as leaves, found {type(leaf).__name__}, in leaf {name!r}.")
-        leaves.append(Leaf(name or ROOT_LEAF, tuple(leaf.shape), leaf.dtype.name))
+        name, dtype = name or ROOT_LEAF, leaf.dtype.name
+        leaves.append(Leaf(name, tuple(leaf.shape), dtype, encoding.resolve(rules, str(name), dtype)))
         _check_leaf(leaves[-1])
     names = [leaf.name for leaf in leaves]
     if not names:
@@ -88,12 +108,26 @@ def describe(
     for name in names:
         if names.count(name) > 1:
             raise LedgerError(f"Expected one leaf of each name, found two, in leaf {name!r}. Rename a key holding '/'.")
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+    if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1):
         raise LedgerError(f"Expected at least one planned round, found {rounds!r}.")
-    plain = _plain(config, "config")
-    disclosed = None if policy is None else _plain(policy, "policy")
-    known = dict(library_versions() | dict(versions))
-    return Run(plain, rounds, trees.skeleton(weights), tuple(leaves), known, disclosed)
+    for pattern, _ in rules:
+        check_text(pattern, "encodings")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise LedgerError(
+                f"Expected a pattern that matches a leaf, found {pattern!r}, in encodings. {nearest(pattern, names)}"
+            )
+    if keep is not None:
+        keep.check(names)
+    return Run(
+        _plain(config, "config"),
+        rounds,
+        trees.skeleton(weights),
+        tuple(leaves),
+        dict(library_versions() | dict(versions)),
+        encodings=rules,
+        keep=keep,
+        policy=None if policy is None else _plain(policy, "policy"),
+    )
 
 
 def library_versions() -> dict[str, str]:
@@ -111,16 +145,22 @@ def to_json(run: Run) -> bytes:
     """The bytes of `run.json`."""
     fields = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": run.format_version,
         "planned_rounds": run.planned_rounds,
-        "encoding": ENCODING,
+        "encodings": [{"leaves": pattern, "encoding": name} for pattern, name in run.encodings],
+        "keep": None if run.keep is None else run.keep.to_json(),
         "config": run.config,
         "skeleton": run.skeleton,
-        "leaves": [{"name": leaf.name, "shape": list(leaf.shape), "dtype": leaf.dtype} for leaf in run.leaves],
+        "leaves": [
+            {"name": leaf.name, "shape": list(leaf.shape), "dtype": leaf.dtype, "encoding": leaf.encoding}
+            for leaf in run.leaves
+        ],
         "versions": run.versions,
         "policy": run.policy,
+        "checksum": seal.BLANK,
     }
-    return json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return seal.seal(text, seal.END_OF_RUN)
 
 
 def read_run(folder: Path) -> Run:
@@ -136,6 +176,15 @@ def read_run(folder: Path) -> Run:
         raise LedgerError(
             f"Expected a ledger, a folder with {RUN}, found: {error.strerror}, in {folder}. Check the path."
         ) from error
+    return parse_run(text, path)
+
+
+def parse_run(text: bytes, path: object) -> Run:
+    """Checks the content of `run.json`; an error names `path`.
+
+    Raises:
+      LedgerError: it is damaged, or its format or encoding is not one that this fedlens reads.
+    """
     try:
         fields = json.loads(text)
         foreign = _foreign(fields)
@@ -147,6 +196,11 @@ def read_run(folder: Path) -> Run:
         ) from error
     if run is None:
         raise LedgerError(f"{foreign}, in {path}.")
+    if seal.is_broken(text, seal.END_OF_RUN):
+        raise LedgerError(
+            f"Expected the description of a run as it was written, found other bytes, in {path}. Restore the file "
+            "from a copy; or, if you changed it on purpose, remove the checksum, its last entry."
+        )
     return run
 
 
@@ -177,31 +231,56 @@ def _check_leaf(leaf: Leaf) -> None:
         dtype_of(leaf.dtype)
     except LedgerError as error:
         raise LedgerError(f"{error} In leaf {leaf.name!r}.") from None
+    if not encoding.applies(leaf.encoding, leaf.dtype):
+        raise LedgerError(f"Expected an encoding of {leaf.dtype}, found {leaf.encoding!r}, in leaf {leaf.name!r}.")
 
 
 def _foreign(fields: Mapping[str, Any]) -> str | None:
     """What keeps this fedlens from reading a `run.json`, None when nothing does."""
     if fields["format"] != FORMAT:
         return f"Expected format {FORMAT!r}, found {fields['format']!r}, which is no ledger"
-    if fields["format_version"] != FORMAT_VERSION:
+    version = fields["format_version"]
+    if type(version) is not int or version not in READ_BY:
         writer = fields.get("versions", {}).get("fedlens", "of unknown version")
+        known = ", ".join(f"{number} ({by})" for number, by in READ_BY.items())
         return (
-            f"Expected format version {FORMAT_VERSION}, which {READ_BY} reads, found {fields['format_version']!r}, "
+            f"Expected one of the format versions {known}, found {version!r}, "
             f"written by fedlens {writer}, which reads it"
         )
-    if fields["encoding"] != ENCODING:
-        return f"Expected encoding {ENCODING!r}, found {fields['encoding']!r}, which a newer fedlens reads"
+    found = [fields["encoding"]] if version == 1 else [leaf.get("encoding") for leaf in fields["leaves"]]
+    for name in found:
+        if isinstance(name, str) and name not in encoding.ENCODINGS[: 1 if version == 1 else None]:
+            return f"Expected one of the encodings {', '.join(encoding.ENCODINGS)}, found {name!r} of a newer fedlens"
     return None
 
 
 def _parse(fields: Mapping[str, Any]) -> Run:
-    leaves = tuple(Leaf(leaf["name"], tuple(leaf["shape"]), leaf["dtype"]) for leaf in fields["leaves"])
+    version = fields["format_version"]
+    leaves = tuple(
+        Leaf(leaf["name"], tuple(leaf["shape"]), leaf["dtype"], encoding.RAW if version == 1 else leaf["encoding"])
+        for leaf in fields["leaves"]
+    )
+    if version != 1 and not isinstance(fields["encodings"], list):
+        raise ValueError(f"encodings is {fields['encodings']!r}")
+    rules = () if version == 1 else tuple((rule["leaves"], rule["encoding"]) for rule in fields["encodings"])
+    kept = None if version == 1 else fields["keep"]
     policy = fields.get("policy")
-    run = Run(fields["config"], fields["planned_rounds"], fields["skeleton"], leaves, fields["versions"], policy)
+    run = Run(
+        fields["config"],
+        fields["planned_rounds"],
+        fields["skeleton"],
+        leaves,
+        fields["versions"],
+        encodings=encoding.rules_of(dict(rules)),
+        keep=None if kept is None else Keep.from_json(kept),
+        format_version=version,
+        policy=policy,
+    )
     for leaf in run.leaves:
         _check_leaf(leaf)
-    if type(run.planned_rounds) is not int or run.planned_rounds < 1:
-        raise ValueError(f"planned_rounds is {run.planned_rounds!r}")
+    planned = run.planned_rounds
+    if (planned is None and version == 1) or (planned is not None and (type(planned) is not int or planned < 1)):
+        raise ValueError(f"planned_rounds is {planned!r}")
     if not isinstance(run.config, dict) or not isinstance(run.versions, dict):
         raise ValueError("config and versions are not objects")
     if policy is not None and not isinstance(policy, dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,18 @@ from fedlens.ledger.tensorfile import AnyArray, dtype_of
 PerClient = Shaped[np.ndarray, " clients"]  # a number for each client
 
 # Columns of a round's table that users' metrics cannot take. SQL ignores case, so the comparison does too.
-RESERVED = ("round", "client", "position", "part", "row", "num_examples", "update_norm", "leaves")
+RESERVED = (
+    "round",
+    "client",
+    "position",
+    "part",
+    "row",
+    "num_examples",
+    "dropped",
+    "update_norm",
+    "cosine",
+    "leaves",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class RoundRecord:
       parts: the clients; their order is the order in which they are stored.
       metrics: the server's metrics of the round.
       checkpoint: name -> array; what resuming needs, as it is after the round.
+      dropped: the clients that were left out of the aggregate because their values were not finite.
     """
 
     round: int
@@ -55,6 +67,60 @@ class RoundRecord:
     parts: Sequence[ClientPart]
     metrics: Mapping[str, float]
     checkpoint: Mapping[str, AnyArray]
+    dropped: Collection[str] = ()
+
+
+class RoundCheck:
+    """The check of one round, whose clients may come in several deliveries.
+
+    Each method raises `LedgerError` for what does not fit, naming part, client, leaf or metric, and then takes nothing.
+    """
+
+    def __init__(self, number: int, run: Run) -> None:
+        self._run = run
+        self._where = f"round {number}"
+        self._ids: set[str] = set()
+        self._positions: set[int] = set()
+        self._parts = 0
+        self._first: ClientPart | None = None
+
+    def global_weights(self, weights: Sequence[AnyArray]) -> None:
+        """Checks the global model before the round."""
+        _check_leaves(weights, self._run.leaves, (), f"the global model of {self._where}")
+
+    def clients(self, parts: Sequence[ClientPart]) -> None:
+        """Checks some clients against the run and those before them."""
+        for number, part in enumerate(parts, self._parts):
+            _check_part(part, self._run.leaves, f"part {number} of {self._where}")
+        ids = _new_ids(parts, self._ids, self._where)
+        positions = _new_positions(parts, self._positions, self._where)
+        first = self._first or next(iter(parts), None)
+        if first is not None:
+            _check_metric_names(first, parts, self._parts, self._where)
+        self._first = first
+        self._parts += len(parts)
+        self._ids |= ids
+        self._positions |= positions
+
+    def end(self, metrics: Mapping[str, float], checkpoint: Mapping[str, AnyArray], dropped: Collection[str]) -> None:
+        """Checks what is known when all clients are there."""
+        for name, array in checkpoint.items():
+            if not isinstance(name, str) or name == "__metadata__":
+                raise LedgerError(
+                    f"Expected a name that safetensors can hold, found {name!r}, in the checkpoint of {self._where}."
+                )
+            check_text(name, f"the checkpoint of {self._where}")
+            try:
+                dtype_of(np.asarray(array).dtype.name)
+            except LedgerError as error:
+                raise LedgerError(f"{error} In {name!r} of the checkpoint of {self._where}.") from None
+        for name, value in metrics.items():
+            check_text(name, f"the metrics of {self._where}")
+            if np.ndim(value) != 0 or np.asarray(value).dtype.kind not in "biuf":
+                raise LedgerError(f"Expected a number, found {value!r}, in metric {name!r} of {self._where}.")
+        for client in dropped:
+            if client not in self._ids:
+                raise LedgerError(f"Expected a client of {self._where}, found {client!r}, among those left out.")
 
 
 def check(record: RoundRecord, run: Run) -> None:
@@ -63,26 +129,10 @@ def check(record: RoundRecord, run: Run) -> None:
     Raises:
       LedgerError: a leaf, id, metric or count that does not; the message names part, client, leaf or metric.
     """
-    where = f"round {record.round}"
-    _check_leaves(record.global_weights, run.leaves, (), f"the global model of {where}")
-    for number, part in enumerate(record.parts):
-        _check_part(part, run.leaves, f"part {number} of {where}")
-    _check_clients(record.parts, where)
-    _check_metric_names(record.parts, where)
-    for name, array in record.checkpoint.items():
-        if not isinstance(name, str) or name == "__metadata__":
-            raise LedgerError(
-                f"Expected a name that safetensors can hold, found {name!r}, in the checkpoint of {where}."
-            )
-        check_text(name, f"the checkpoint of {where}")
-        try:
-            dtype_of(np.asarray(array).dtype.name)
-        except LedgerError as error:
-            raise LedgerError(f"{error} In {name!r} of the checkpoint of {where}.") from None
-    for name, value in record.metrics.items():
-        check_text(name, f"the metrics of {where}")
-        if np.ndim(value) != 0 or np.asarray(value).dtype.kind not in "biuf":
-            raise LedgerError(f"Expected a number, found {value!r}, in metric {name!r} of {where}.")
+    this = RoundCheck(record.round, run)
+    this.global_weights(record.global_weights)
+    this.clients(record.parts)
+    this.end(record.metrics, record.checkpoint, record.dropped)
 
 
 def _check_leaves(arrays: Sequence[AnyArray], leaves: Sequence[Leaf], axes: tuple[int, ...], where: str) -> None:
@@ -126,25 +176,31 @@ def metric_dtype(column: PerClient) -> np.dtype[np.generic] | None:
     )
 
 
-def _check_clients(parts: Sequence[ClientPart], where: str) -> None:
-    seen: set[str] = set()
+def _new_ids(parts: Sequence[ClientPart], known: Collection[str], where: str) -> set[str]:
+    found: set[str] = set()
     for client in (client for part in parts for client in part.ids):
         if not isinstance(client, str) or not client:
             raise LedgerError(f"Expected non-empty text as client id, found {client!r}, in {where}.")
         check_text(client, where)
-        if client in seen:
+        if client in found or client in known:
             raise LedgerError(f"Expected each client once, found {client!r} twice, in {where}.")
-        seen.add(client)
-    positions = np.concatenate([np.asarray(part.positions) for part in parts]) if parts else np.zeros(0, np.int64)
-    taken, counts = np.unique(positions, return_counts=True)
-    if np.any(counts > 1):
-        raise LedgerError(f"Expected one client at each position, found several at {taken[counts > 1][0]}, in {where}.")
+        found.add(client)
+    return found
 
 
-def _check_metric_names(parts: Sequence[ClientPart], where: str) -> None:
-    names = list(parts[0].metrics) if parts else []
+def _new_positions(parts: Sequence[ClientPart], known: Collection[int], where: str) -> set[int]:
+    found: set[int] = set()
+    for position in (position for part in parts for position in np.asarray(part.positions).tolist()):
+        if position in found or position in known:
+            raise LedgerError(f"Expected one client at each position, found several at {position}, in {where}.")
+        found.add(position)
+    return found
+
+
+def _check_metric_names(first: ClientPart, parts: Sequence[ClientPart], start: int, where: str) -> None:
+    """Checks the metrics of `parts`, whose number in the round is `start` and on, against the round's first part."""
     folded: dict[str, str] = {"loss": "loss"}
-    for name in names:
+    for name in first.metrics:
         check_text(name, where)
         if name.casefold() in RESERVED or not name:
             raise LedgerError(
@@ -152,12 +208,12 @@ def _check_metric_names(parts: Sequence[ClientPart], where: str) -> None:
             )
         if folded.setdefault(name.casefold(), name) != name:
             raise LedgerError(f"Expected metrics that differ in more than case, found {name!r}, in {where}. Rename it.")
-    for number, part in enumerate(parts):
-        if set(part.metrics) != set(names):
+    for number, part in enumerate(parts, start):
+        if set(part.metrics) != set(first.metrics):
             raise LedgerError(
-                f"Expected metrics {sorted(names)}, as in part 0, found {sorted(part.metrics)}, "
+                f"Expected metrics {sorted(first.metrics)}, as in part 0, found {sorted(part.metrics)}, "
                 f"in part {number} of {where}."
             )
-        for name in names:
-            if metric_dtype(part.metrics[name]) != metric_dtype(parts[0].metrics[name]):
+        for name, column in first.metrics.items():
+            if metric_dtype(part.metrics[name]) != metric_dtype(column):
                 raise LedgerError(f"Expected one dtype in all parts, found several, in metric {name!r} of {where}.")

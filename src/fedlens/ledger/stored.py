@@ -2,50 +2,43 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from fedlens import trees  # not `from fedlens import`: see format.py
-from fedlens.errors import LedgerError
-from fedlens.ledger import folder, format, measure, table, tensorfile
+from fedlens.ledger import format, measure, table
 from fedlens.ledger.format import NotInLedgerError, Run
 from fedlens.ledger.measure import Clients
-from fedlens.ledger.tensorfile import AnyArray, Slot
+from fedlens.ledger.storage import Store
+from fedlens.ledger.tensorfile import AnyArray
+from fedlens.ledger.weights import RoundWeights
 
 
 class LedgerRound(Mapping[str, "StoredLocalModel"]):
     """One committed round: a mapping from client id to local model, in cohort order.
 
     Attributes:
-      path: the ledger's folder.
-      run: what its `run.json` says.
+      run: what the ledger's `run.json` says.
       number: the round.
-
-    Raises:
-      LedgerError: the round's files are missing or damaged.
     """
 
-    def __init__(self, path: Path, run: Run, number: int) -> None:
-        self.path = path
+    def __init__(self, store: Store, run: Run, number: int, clients: pa.Table) -> None:
+        """Takes over the round's checked table; use `Ledger.round`."""
         self.run = run
         self.number = number
-        self._clients_file = folder.clients_file(path, number)
-        self._table = table.read_table(self._clients_file, run.leaves)
-        self._summary = table.read_summary(self._table, self._clients_file)
-        self._place: dict[str, int] = {
-            client: place for place, client in enumerate(self._table.column("client").to_pylist())
-        }
-        self._rows = self._table.column("row").to_numpy()
-        self._check_table()
+        self._store = store
+        self._table = clients
+        self._summary = table.read_summary(clients, store.where())
+        ids: list[str] = clients.column("client").to_pylist()
+        self._place = {client: place for place, client in enumerate(ids)}
+        self._weights = RoundWeights(store, run, number, clients, self._summary.global_checksums)
 
     def __repr__(self) -> str:
-        return f"LedgerRound(round {self.number}, {len(self)} clients, in {str(self.path)!r})"
+        return f"LedgerRound(round {self.number}, {len(self)} clients, in {self._store.where()!r})"
 
     def __len__(self) -> int:
         return len(self._place)
@@ -58,14 +51,28 @@ class LedgerRound(Mapping[str, "StoredLocalModel"]):
 
     def __getitem__(self, client_id: str) -> StoredLocalModel:
         row = self._table.slice(self._find(client_id), 1).to_pylist()[0]
-        metrics = {name: row[name] for name in table.metric_names(self._table) if row[name] is not None}
-        norms = {leaf["leaf"]: leaf["norm"] for leaf in row["leaves"]}
-        return StoredLocalModel(client_id, self.number, row["num_examples"], metrics, row["update_norm"], norms, self)
+        return StoredLocalModel(
+            client_id,
+            self.number,
+            row["num_examples"],
+            {name: row[name] for name in table.metric_names(self._table) if row[name] is not None},
+            row["update_norm"],
+            {leaf["leaf"]: leaf["norm"] for leaf in row["leaves"]},
+            row["cosine"],
+            row["dropped"],
+            self,
+        )
 
     @property
     def ids(self) -> tuple[str, ...]:
         """The clients in cohort order."""
         return tuple(self._place)
+
+    @property
+    def kept_ids(self) -> tuple[str, ...]:
+        """The clients of whom weights are stored, in cohort order: everybody, unless `run.keep` says otherwise."""
+        kept = self._weights.stored.any(axis=1)
+        return tuple(client for client, here in zip(self._place, kept, strict=True) if here)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -79,7 +86,8 @@ class LedgerRound(Mapping[str, "StoredLocalModel"]):
         Raises:
           LedgerError: the stored bytes are damaged.
         """
-        return trees.from_skeleton(self.run.skeleton, [self.global_leaf(leaf.name) for leaf in self.run.leaves])
+        leaves = self._weights.global_leaves(range(len(self.run.leaves)))
+        return trees.from_skeleton(self.run.skeleton, leaves)
 
     def table(self) -> pa.Table:
         """One row a client, in cohort order; `docs/ledger-format.md` describes the columns."""
@@ -92,113 +100,97 @@ class LedgerRound(Mapping[str, "StoredLocalModel"]):
           NotInLedgerError: there is no such leaf.
           LedgerError: the stored bytes are damaged.
         """
-        self._column(name)
-        array = self._read(f"global/{name}", None)
-        self._verify(array, self._summary.global_checksums.get(name), f"leaf {name!r} of the global model")
-        return array
+        return self._weights.global_leaves([self._column(name)])[0]
 
-    def leaf(self, name: str) -> Clients:
-        """One leaf of every local model, [clients, *leaf] in cohort order; reads that leaf only.
+    def leaf(self, name: str, clients: Sequence[str] | None = None) -> Clients:
+        """One leaf of every local model, or of some clients', stacked: [clients, *leaf]; reads that leaf only.
+
+        Args:
+          name: the leaf.
+          clients: whose, in the order in which they are wanted, such as `kept_ids`; None is everybody in cohort order.
 
         Raises:
-          NotInLedgerError: there is no such leaf.
+          NotInLedgerError: there is no such leaf or client, or its weights were not kept.
           LedgerError: the stored bytes are damaged.
         """
-        column = self._column(name)
-        stored = self._read(f"local/{name}", None)
-        array = stored if np.array_equal(self._rows, np.arange(len(self))) else stored[self._rows]
-        found, expected = measure.checksums(array), self._checksums[:, column]
-        for client, same in zip(self._place, found == expected, strict=True):
-            if not same:
-                raise self._damaged(f"leaf {name!r} of client {client!r}")
-        return array
+        chosen = range(len(self)) if clients is None else [self._find(client) for client in clients]
+        return self._weights.local_leaves([self._column(name)], np.array(chosen, np.int64))[0]
 
     def local_leaf(self, name: str, client_id: str) -> AnyArray:
         """One leaf of one client's local model, [*leaf]; reads those bytes only.
 
         Raises:
-          NotInLedgerError: there is no such leaf or client.
+          NotInLedgerError: there is no such leaf or client, or its weights were not kept.
           LedgerError: the stored bytes are damaged.
         """
-        column = self._column(name)
+        return self.leaf(name, [client_id])[0, ...]  # with the dots a leaf without axes stays an array
+
+    def local_leaves(self, client_id: str, names: Sequence[str] | None = None) -> dict[str, AnyArray]:
+        """Some of one client's leaves by name, each [*leaf]; reads all of them at once.
+
+        Args:
+          client_id: whose.
+          names: which; None is those that were kept, in field order.
+
+        Raises:
+          NotInLedgerError: there is no such client or leaf, or its weights were not kept.
+          LedgerError: the stored bytes are damaged.
+        """
         place = self._find(client_id)
-        row = int(self._rows[place])
-        array = self._read(f"local/{name}", slice(row, row + 1)).reshape(self.run.leaves[column].shape)
-        self._verify(array, int(self._checksums[place, column]), f"leaf {name!r} of client {client_id!r}")
-        return array
+        kept = np.flatnonzero(self._weights.stored[place]).tolist() or range(len(self.run.leaves))  # none: an error
+        chosen = list(kept) if names is None else [self._column(name) for name in names]
+        arrays = self._weights.local_leaves(chosen, np.array([place]))
+        return {self.run.leaves[leaf].name: array[0, ...] for leaf, array in zip(chosen, arrays, strict=True)}
 
-    @cached_property
-    def _checksums(self) -> AnyArray:
-        rows = self._table.column("leaves").combine_chunks().flatten()
-        return rows.field("checksum").to_numpy().reshape(len(self), len(self.run.leaves))
+    def elements(self, name: str, span: slice, clients: Sequence[str] | None) -> AnyArray:
+        """Some elements of a leaf in row-major order, for those who go over leaves that are larger than memory.
 
-    @cached_property
-    def _slots(self) -> Mapping[str, Slot]:
-        path = folder.weights_file(self.path, self.number)
-        slots = tensorfile.read_slots(path)
-        found = {name: (slot.dtype, slot.shape) for name, slot in slots.items()}
-        expected = {f"global/{leaf.name}": (leaf.dtype, leaf.shape) for leaf in self.run.leaves}
-        expected |= {f"local/{leaf.name}": (leaf.dtype, (len(self), *leaf.shape)) for leaf in self.run.leaves}
-        for name in sorted({*found, *expected}):
-            if found.get(name) != expected.get(name):
-                raise LedgerError(
-                    f"Expected {expected.get(name)}, found {found.get(name)}, in tensor {name!r} of {path}. "
-                    "The file was changed: restore it from a copy."
-                )
-        return slots
+        They are not verified, as a checksum is of a whole leaf.
 
-    def _read(self, name: str, rows: slice | None) -> AnyArray:
-        try:
-            return tensorfile.read_slot(folder.weights_file(self.path, self.number), self._slots[name], rows)
-        except LedgerError as error:
-            raise LedgerError(f"Round {self.number}: {error}") from error
+        Args:
+          name: the leaf.
+          span: which elements, from start to stop.
+          clients: whose; None is the global model before the round.
+
+        Returns:
+          [elements] of the global model, [clients, elements] of clients.
+
+        Raises:
+          NotInLedgerError: there is no such leaf or client, or its weights were not kept.
+          LedgerError: a file cannot be read.
+        """
+        chosen = None if clients is None else np.array([self._find(client) for client in clients], np.int64)
+        return self._weights.elements(self._column(name), span, chosen)
 
     def _column(self, name: str) -> int:
         names = [leaf.name for leaf in self.run.leaves]
         if name not in names:
             hint = format.nearest(str(name), names)
-            raise NotInLedgerError(f"Expected a leaf of the model, found {name!r}, in {self.path}. {hint}")
+            raise NotInLedgerError(f"Expected a leaf of the model, found {name!r}, in {self._store.where()}. {hint}")
         return names.index(name)
 
     def _find(self, client_id: str) -> int:
         if client_id not in self._place:
             hint = format.nearest(str(client_id), self._place)
             raise NotInLedgerError(
-                f"Expected a client of round {self.number}, found {client_id!r}, in {self.path}. {hint}"
+                f"Expected a client of round {self.number}, found {client_id!r}, in {self._store.where()}. {hint}"
             )
         return self._place[client_id]
-
-    def _verify(self, array: AnyArray, checksum: int | None, where: str) -> None:
-        if zlib.crc32(tensorfile.as_bytes(array)) != checksum:
-            raise self._damaged(where)
-
-    def _damaged(self, where: str) -> LedgerError:
-        return LedgerError(
-            f"Expected the bytes that were written, found others, in {where}, round {self.number}, in "
-            f"{folder.weights_file(self.path, self.number)}. The file was changed: restore it from a copy."
-        )
-
-    def _check_table(self) -> None:
-        numbers, parts = (self._table.column(name).to_numpy() for name in ("round", "part"))
-        here = self._summary.round == self.number and bool(np.all(numbers == self.number))
-        if not here or np.any(parts != 0) or not np.array_equal(np.sort(self._rows), np.arange(len(self))):
-            raise LedgerError(
-                f"Expected the clients of round {self.number}, each with a row of its own, found others, "
-                f"in {self._clients_file}. The file was changed: restore it from a copy."
-            )
 
 
 @dataclass(frozen=True)
 class StoredLocalModel:
-    """What one client learned in one round. Its arrays are read when they are first asked for, and then kept.
+    """One client's local model in one round. The weights are read, and verified, when they are first asked for.
 
     Attributes:
-      client_id: the client.
-      round: the round.
-      num_examples: how many examples it trained on.
-      metrics: what it reported, such as `loss`.
+      client_id: whose it is.
+      round: of which round.
+      num_examples: how many examples it was trained on.
+      metrics: the client's metrics, such as `loss`.
       update_norm: L2 norm of its weights minus the global ones, over all leaves.
       leaf_norms: leaf -> L2 norm of that leaf's update.
+      cosine: of its update and the round's mean update; None where that is undefined or not recorded.
+      dropped: whether it was left out of the aggregate, as its values were not finite; None where not recorded.
     """
 
     client_id: str
@@ -207,25 +199,35 @@ class StoredLocalModel:
     metrics: Mapping[str, float]
     update_norm: float
     leaf_norms: Mapping[str, float]
+    cosine: float | None
+    dropped: bool | None
     _source: LedgerRound = field(repr=False, compare=False)
 
     @cached_property
     def leaves(self) -> dict[str, AnyArray]:
-        """The weights by leaf name, in field order.
+        """The weights by leaf name, in field order; of a run that keeps some leaves, those.
 
         Raises:
+          NotInLedgerError: the client's weights were not kept.
           LedgerError: the stored bytes are damaged.
         """
-        return {name: self._source.local_leaf(name, self.client_id) for name in self.leaf_norms}
+        return self._source.local_leaves(self.client_id)
 
     @property
     def weights(self) -> trees.PyTree:
         """The weights after local training, as dicts and lists of arrays.
 
         Raises:
+          NotInLedgerError: the client's weights, or some leaves of them, were not kept.
           LedgerError: the stored bytes are damaged.
         """
-        return trees.from_skeleton(self._source.run.skeleton, list(self.leaves.values()))
+        run = self._source.run
+        for name in (leaf.name for leaf in run.leaves if leaf.name not in self.leaves):
+            raise NotInLedgerError(
+                f"Expected the weights of all leaves, found that they were not kept, in leaf {name!r} of client "
+                f"{self.client_id!r}, round {self.round}. `leaves` has those that were."
+            )
+        return trees.from_skeleton(run.skeleton, list(self.leaves.values()))
 
     @property
     def global_weights(self) -> trees.PyTree:
@@ -241,6 +243,7 @@ class StoredLocalModel:
         """The weights minus the global ones; 16-bit floats give float32, unsigned integers wider signed ones.
 
         Raises:
+          NotInLedgerError: the client's weights, or some leaves of them, were not kept.
           LedgerError: the stored bytes are damaged.
         """
         return trees.map(measure.difference, self.weights, self.global_weights)

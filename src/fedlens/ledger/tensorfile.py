@@ -8,9 +8,9 @@ library `safetensors` does neither, and reads what is written here.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from fedlens.errors import LedgerError
+from fedlens.ledger.storage import LocalStore, Store
 
 AnyArray = Shaped[np.ndarray, "..."]  # an array of any shape and of one of the dtypes below
 Bytes = UInt8[np.ndarray, "bytes"]  # the memory of an array
@@ -79,8 +80,13 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 def as_bytes(array: AnyArray) -> Bytes:
     """The memory of `array` in row-major, little-endian order: a view, unless the array lies otherwise in memory."""
-    plain = np.ascontiguousarray(array, dtype=dtype_of(array.dtype.name))
+    plain = np.ascontiguousarray(array, dtype=_in_files(array.dtype))
     return plain.reshape(-1).view(np.uint8)
+
+
+@functools.cache
+def _in_files(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return dtype_of(dtype.name)  # NumPy takes some microseconds to make up a dtype's name
 
 
 def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
@@ -116,40 +122,46 @@ def whole_file(tensors: Mapping[str, AnyArray]) -> list[bytes | Bytes]:
 
 
 def read_slots(path: Path) -> dict[str, Slot]:
+    """Reads which tensors a file of this machine holds; see `slots_in`."""
+    return slots_in(LocalStore(path.parent), path.name)
+
+
+def slots_in(store: Store, name: str) -> dict[str, Slot]:
     """Reads which tensors a file holds, and checks that they fill it exactly.
 
     Raises:
       LedgerError: the file cannot be opened, is cut short, or has a header that does not describe it.
     """
-    try:
-        with path.open("rb") as file:
-            total = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little") if total >= 8 else -1
-            if not 0 < length <= min(total - 8, _LONGEST_HEADER):
-                raise _broken(path, f"a header of {length} bytes in a file of {total}")
-            text = file.read(length)
-    except LedgerError:
-        raise
-    except OSError as error:
-        raise LedgerError(f"Expected a readable file, found: {error.strerror}, in {path}.") from error
+    where = store.where(name)
+    total = store.size(name)
+    prefix = bytearray(8)
+    if total >= 8:
+        store.fill([(name, 0, memoryview(prefix))])
+    length = int.from_bytes(prefix, "little") if total >= 8 else -1
+    if not 0 < length <= min(total - 8, _LONGEST_HEADER):
+        raise _broken(where, f"a header of {length} bytes in a file of {total}")
+    text = bytearray(length)
+    store.fill([(name, 8, memoryview(text))])
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
         end = 0
         slots = {}
-        for name, entry in entries:
+        for tensor, entry in entries:
             slot = Slot(_NAMES[entry["dtype"]], tuple(entry["shape"]), 8 + length + end)
             if not all(type(extent) is int and extent >= 0 for extent in slot.shape):
-                raise _broken(path, f"shape {entry['shape']} for {name!r}")
+                raise _broken(where, f"shape {entry['shape']} for {tensor!r}")
             if entry["data_offsets"] != [end, end + slot.size]:
-                raise _broken(path, f"bytes {entry['data_offsets']} for {name!r}, which has {slot.size} from {end} on")
+                raise _broken(
+                    where, f"bytes {entry['data_offsets']} for {tensor!r}, which has {slot.size} from {end} on"
+                )
             end += slot.size
-            slots[name] = slot
+            slots[tensor] = slot
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _broken(path, f"a header that cannot be read ({type(error).__name__}: {error})") from error
+        raise _broken(where, f"a header that cannot be read ({type(error).__name__}: {error})") from error
     if 8 + length + end != total:
-        raise _broken(path, f"{total} bytes where the header describes {8 + length + end}")
+        raise _broken(where, f"{total} bytes where the header describes {8 + length + end}")
     return slots
 
 
@@ -165,20 +177,13 @@ def read_slot(path: Path, slot: Slot, rows: slice | None = None) -> AnyArray:
         start += first * math.prod(shape[1:]) * dtype_of(slot.dtype).itemsize
         shape = (last - first, *shape[1:])
     array = np.empty(shape, dtype_of(slot.dtype))
-    memory = memoryview(array.reshape(-1).view(np.uint8))
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while memory:
-                count = file.readinto(memory)
-                if not count:
-                    raise _broken(path, f"its end {len(memory)} bytes early")
-                memory = memory[count:]
-    except LedgerError:
-        raise
-    except OSError as error:
-        raise LedgerError(f"Expected a readable file, found: {error.strerror}, in {path}.") from error
+    LocalStore(path.parent).fill([(path.name, start, memory_of(array))])
     return array
+
+
+def memory_of(array: AnyArray) -> memoryview:
+    """The memory of a row-major array, to be filled."""
+    return memoryview(array.reshape(-1).view(np.uint8))
 
 
 def read_all(path: Path) -> dict[str, AnyArray]:
@@ -190,7 +195,7 @@ def read_all(path: Path) -> dict[str, AnyArray]:
     return {name: read_slot(path, slot) for name, slot in read_slots(path).items()}
 
 
-def _broken(path: Path, found: str) -> LedgerError:
+def _broken(path: str, found: str) -> LedgerError:
     return LedgerError(
         f"Expected a whole safetensors file, found {found}, in {path}. "
         "The file was cut or changed: restore it from a copy."

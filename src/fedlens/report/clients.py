@@ -44,19 +44,23 @@ class ClientComparison:
 
 
 def last_local_models(ledger: Ledger, limit: int = ROWS) -> list[StoredLocalModel]:
-    """Each client's local model of the last round that it took part in.
+    """Each client's last local model that the ledger has whole.
 
-    With more than `limit` clients only those of the last round, and at most `limit` of them, in cohort order.
+    With more than `limit` clients only those of the last round that has any, and at most `limit` of them, in cohort
+    order. A ledger that leaves out leaves, or keeps statistics only, has none.
 
     Raises:
       LedgerError: the ledger is damaged.
     """
-    clients = ledger.clients
-    rounds = [ledger.round(number) for number in reversed(ledger.rounds)]
-    if len(clients) > limit:
-        return [rounds[0][client_id] for client_id in rounds[0].ids[:limit]]
-    last = {client_id: next(stored for stored in rounds if client_id in stored) for client_id in clients}
-    return [stored[client_id] for client_id, stored in sorted(last.items())]
+    if ledger.run.kept_leaves != ledger.run.leaves:
+        return []
+    rounds = [stored for stored in map(ledger.round, reversed(ledger.rounds)) if stored.kept_ids]
+    if len(ledger.clients) > limit:
+        return [rounds[0][client_id] for client_id in rounds[0].kept_ids[:limit]] if rounds else []
+    last: dict[str, StoredLocalModel] = {}
+    for stored in rounds:
+        last |= {client_id: stored[client_id] for client_id in stored.kept_ids if client_id not in last}
+    return [last[client_id] for client_id in sorted(last)]
 
 
 def compare_clients(

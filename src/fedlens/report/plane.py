@@ -7,16 +7,14 @@ memory stays at one block however large model and run are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import Ledger, LedgerRound, commit, folder, tensorfile
-from fedlens.ledger.format import ROOT_LEAF, Leaf
+from fedlens.ledger import Ledger, LedgerRound, commit
+from fedlens.ledger.format import ROOT_LEAF
 from fedlens.ledger.tensorfile import AnyArray
 
 POINTS = 400  # global and local models that are drawn; of larger runs an even selection
@@ -58,7 +56,7 @@ class Plane:
 def compute_plane(ledger: Ledger, points: int = POINTS) -> Plane:
     """Projects a run's global and local models onto the plane in which they vary most.
 
-    Local models with infinities or NaNs are left out.
+    Local models with infinities or NaNs are left out, and what the run did not keep: rounds, clients, leaves.
 
     Args:
       ledger: a run with at least one committed round.
@@ -69,7 +67,7 @@ def compute_plane(ledger: Ledger, points: int = POINTS) -> Plane:
     """
     numbers = ledger.rounds
     if not numbers:
-        raise LedgerError(f"Expected a committed round to draw, found none, in {ledger.path}.")
+        raise LedgerError(f"Expected a committed round to draw, found none, in {ledger.location}.")
     chosen, left_out = _choose(ledger, points)
     end = _end(ledger, numbers[-1])
     coordinates, explained = _principal_components(_gram(ledger, chosen, end))
@@ -83,7 +81,10 @@ def compute_plane(ledger: Ledger, points: int = POINTS) -> Plane:
 
 def _choose(ledger: Ledger, points: int) -> tuple[list[tuple[LedgerRound, list[str]]], bool]:
     """Rounds and clients to draw: evenly spread rounds, first and last among them, then as many clients as fit."""
-    numbers = ledger.rounds
+    keep = ledger.run.keep
+    numbers = [number for number in ledger.rounds if keep is None or keep.keeps_round(number)]
+    if not numbers:
+        raise LedgerError(f"Expected local models to draw, found that none were kept, in {ledger.location}.")
     largest = max(len(ledger.round(numbers[0])), len(ledger.round(numbers[-1])))
     count = min(len(numbers), max(min(20, points // 2), points // (largest + 1)))
     spread = np.unique(np.linspace(0, len(numbers) - 1, count).round().astype(int))
@@ -94,12 +95,16 @@ def _choose(ledger: Ledger, points: int) -> tuple[list[tuple[LedgerRound, list[s
         stored = ledger.round(numbers[place])
         table = stored.table()
         finite = np.isfinite(table.column("update_norm").to_numpy())
-        clients = [client for client, usable in zip(stored.ids, finite, strict=True) if usable]
+        kept = set(stored.kept_ids)
+        clients = [client for client, usable in zip(stored.ids, finite, strict=True) if usable and client in kept]
         if clients:
             chosen.append((stored, clients[:per_round]))
             left_out |= len(clients) > per_round
     if not chosen:
-        raise LedgerError(f"Expected local models to draw, found only infinities and NaNs, in {ledger.path}.")
+        raise LedgerError(
+            "Expected local models to draw, found only infinities and NaNs, or none that was kept, "
+            f"in {ledger.location}."
+        )
     return chosen, left_out
 
 
@@ -121,41 +126,23 @@ def _gram(
     count = sum(1 + len(clients) for _, clients in chosen) + (end is not None)
     gram = np.zeros((count, count))
     for position, leaf in enumerate(ledger.run.leaves):
+        if leaf not in ledger.run.kept_leaves:
+            continue
         size = int(np.prod(leaf.shape))
-        rows = [row for stored, clients in chosen for row in _rows(ledger.path, stored, clients, leaf)]
         width = max(1, _BLOCK // (8 * count))
         for first in range(0, size, width):
             span = slice(first, min(first + width, size))
             block = np.empty((count, span.stop - span.start))
-            for place, (path, slot) in enumerate(rows):
-                block[place] = _read(path, slot, span)
+            place = 0
+            for stored, clients in chosen:
+                block[place] = stored.elements(leaf.name, span, None)
+                block[place + 1 : place + 1 + len(clients)] = stored.elements(leaf.name, span, clients)
+                place += 1 + len(clients)
             if end is not None:
                 block[-1] = end[position].reshape(-1)[span]
             block -= block.mean(axis=0)
             gram += block @ block.T
     return gram
-
-
-def _rows(path: Path, stored: LedgerRound, clients: list[str], leaf: Leaf) -> Iterator[tuple[Path, tensorfile.Slot]]:
-    """Where the global model's leaf and those of some clients' local models lie."""
-    file = folder.weights_file(path, stored.number)
-    slots = tensorfile.read_slots(file)
-    try:
-        yield file, slots[f"global/{leaf.name}"]
-        stacked = slots[f"local/{leaf.name}"]
-    except KeyError as error:
-        raise LedgerError(f"Expected the tensor {error}, found none, in {file}. Restore it from a copy.") from None
-    row_of = dict(zip(stored.ids, stored.table().column("row").to_pylist(), strict=True))
-    nbytes = int(np.prod(leaf.shape)) * tensorfile.dtype_of(leaf.dtype).itemsize
-    for client in clients:
-        yield file, tensorfile.Slot(leaf.dtype, leaf.shape, stacked.start + row_of[client] * nbytes)
-
-
-def _read(path: Path, slot: tensorfile.Slot, span: slice) -> AnyArray:
-    """Some of the scalars of a tensor."""
-    itemsize = tensorfile.dtype_of(slot.dtype).itemsize
-    part = tensorfile.Slot(slot.dtype, (span.stop - span.start,), slot.start + span.start * itemsize)
-    return tensorfile.read_slot(path, part).astype(np.float64)
 
 
 def _principal_components(

@@ -85,7 +85,7 @@ def comparison_table(rows: Sequence[ClientComparison], clients: int, evaluated: 
             percent(row.local_everywhere),
             f"{row.distance:.3f}",
         )
-    shown = f"{len(rows)} of {clients:,} clients, those of the last round. " if len(rows) < clients else ""
+    shown = f"{len(rows)} of {clients:,} clients, by their last stored models. " if len(rows) < clients else ""
     table.caption = Text(
         f"{shown}Accuracy of a client's local model and of the global model on its own held-out examples, and of the "
         f"local model on those of {evaluated:,} clients together ({evaluated_examples:,}). Distance: L2 norm between "

@@ -18,7 +18,7 @@ from fedlens.runtime.values import Part
 
 OnNonFinite = Literal["ignore", "raise", "drop"]
 
-_CHUNK_BYTES = 512 * 1024 * 1024  # of what the clients that are computed at once read and compute
+_CHUNK_BYTES = 256 * 1024 * 1024  # of what the clients that are computed at once read and compute
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StageCohort:
 
         Where a chunk ends depends on the cohort and the stage alone, never on the engine: partial sums are then the
         same whoever computes them. They do not depend on what is handed out either, so that a tap changes no bit of a
-        sum: a chunk's inputs and all that its clients compute fit in 512 MiB, whether it leaves them or not.
+        sum: a chunk's inputs and all that its clients compute fit in 256 MiB, whether it leaves them or not.
         """
         size = self.chunk_size
         if size is None:

@@ -1,0 +1,80 @@
+"""Clients that are handed over together, and what is measured of all of them before they are written.
+
+Whose devices computed them makes no difference to what is measured: the parts of a delivery are walked over together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float64
+
+from fedlens.ledger import measure
+from fedlens.ledger.measure import Clients, PerRow
+from fedlens.ledger.records import ClientPart
+from fedlens.ledger.tensorfile import AnyArray
+
+
+class Delivery:
+    """The parts of one delivery; `measure` each leaf once, then `leave_out_nonfinite`.
+
+    Attributes:
+      parts: the clients, in the order in which they are stored.
+      weights: how many examples each has, which weights it in the sums; 0 for who was left out.
+      squares: squared norms of their updates, [clients, leaves].
+      sums: of each leaf the weighted sum of the updates, flat, complex numbers as pairs.
+      products: the inner product of each client's update with the sum of all, over all leaves; None if there are too
+        many clients to know it in one pass, or if somebody was left out.
+    """
+
+    def __init__(self, parts: Sequence[ClientPart], global_weights: Sequence[AnyArray]) -> None:
+        """Takes the clients; nothing is measured yet."""
+        self.parts = parts
+        self.weights: PerRow = np.concatenate([np.zeros(0), *(np.asarray(part.num_examples) for part in parts)])
+        self.squares: Float64[np.ndarray, "clients leaves"] = np.zeros((len(self.weights), len(global_weights)))
+        self.sums = [np.zeros(measure.width(leaf)) for leaf in global_weights]
+        self.products = np.zeros(len(self.weights)) if len(self.weights) <= measure.TOGETHER else None
+        self._global = global_weights
+
+    def measure(self, place: int) -> None:
+        """Measures the leaf at `place` of all clients."""
+        stacks = [np.asarray(part.weights[place]) for part in self.parts]
+        for rows, together in _together(stacks):
+            squares, products = self.squares[rows, place], None if self.products is None else self.products[rows]
+            measure.measure(together, self._global[place], self.weights[rows], squares, self.sums[place], products)
+
+    def squares_by_part(self) -> list[Float64[np.ndarray, "clients leaves"]]:
+        """`squares` of the clients of each part: views."""
+        return np.split(self.squares, np.cumsum([len(part.ids) for part in self.parts]))[:-1]
+
+    def leave_out_nonfinite(self) -> None:
+        """Takes the clients that are not finite out of the sums, which are taken again if there are any."""
+        finite = np.isfinite(self.squares.sum(axis=1))
+        if finite.all():
+            return
+        self.weights = np.where(finite, self.weights, 0.0)
+        self.products = None
+        for place, (total, reference) in enumerate(zip(self.sums, self._global, strict=True)):
+            total[:] = 0
+            start = 0
+            for part in self.parts:
+                places = np.flatnonzero(finite[start : start + len(part.ids)])
+                for first in range(0, len(places), measure.TOGETHER):
+                    chosen = places[first : first + measure.TOGETHER]
+                    local, weights = np.asarray(part.weights[place])[chosen], self.weights[start + chosen]
+                    measure.measure([local], reference, weights, np.zeros(len(chosen)), total)
+                start += len(part.ids)
+
+
+def _together(stacks: Sequence[Clients]) -> Iterator[tuple[slice, list[Clients]]]:
+    """The rows of all stacks, those of several together where they are not too many."""
+    if sum(len(stack) for stack in stacks) <= measure.TOGETHER:
+        yield slice(None), list(stacks)
+        return
+    start = 0
+    for stack in stacks:
+        for first in range(0, len(stack), measure.TOGETHER):
+            rows = stack[first : first + measure.TOGETHER]
+            yield slice(start + first, start + first + len(rows)), [rows]
+        start += len(stack)

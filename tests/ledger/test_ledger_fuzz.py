@@ -1,0 +1,423 @@
+"""Bad input: whatever stands in a ledger's files is read as it was written, or refused with `LedgerError`.
+
+Meanwhile an audit hook of the interpreter watches: nothing but the ledger's own files is opened, nothing is unpickled,
+executed or imported because of what a file says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from fedlens.errors import LedgerError
+from fedlens.ledger import ClientPart, Keep, Ledger, LedgerWriter
+from fedlens.ledger.seal import BLANK, END_OF_METADATA, seal
+
+EMOJI = "🦊/../" + "\N{SNOWMAN}" * 3
+IDS = ("ann", "../../etc/passwd", EMOJI, "x" * 10_000, "nul\x00byte\n", "/absolute", "null", "e\u0301")
+LEAVES = {
+    "dense/../kernel": np.zeros((3, 2), np.float32),
+    "zero": np.zeros((0, 4), np.float32),
+    "f8": np.zeros(5, ml_dtypes.float8_e4m3fn),
+    "scalar": np.zeros((), np.int64),
+    "名前": np.zeros(2, ml_dtypes.bfloat16),
+}
+KINDS = {
+    "raw": {},
+    "deltas": {"encodings": {"dense*": "int8-delta", "*": "bf16-delta"}},
+    "kept": {"keep": Keep(leaves=["dense*", "f8"], clients=list(IDS[:3]), every=2), "encodings": "int8-delta"},
+}
+
+
+def write(path: Path, kind: str) -> None:
+    """Two rounds in two parts each, of clients and leaves with names that nobody should take for paths."""
+    rng = np.random.default_rng(0)
+    with LedgerWriter.create(path, weights=LEAVES, config={"a": "../b"}, rounds=3, **KINDS[kind]) as writer:
+        for number in range(2):
+            leaves = [rng.integers(-8, 8, leaf.shape).astype(leaf.dtype) for leaf in LEAVES.values()]
+            writer.begin(number, leaves)
+            for places in np.split(rng.permutation(len(IDS)), [5]):
+                local = [rng.integers(-8, 8, (len(places), *leaf.shape)).astype(leaf.dtype) for leaf in leaves]
+                ids, loss = tuple(IDS[place] for place in places), rng.normal(size=len(places))
+                writer.add([ClientPart(ids, places, local, places, {"loss": loss, "accuracy": loss})])
+            writer.commit({"loss": 0.5, "odd": float("nan")}, {"key": np.arange(3)})
+    Ledger(path).prune(drop_clients=IDS[-1:])
+
+
+def content(path: Path) -> dict[str, object]:
+    """All that a reader can ask of a ledger, as plain values."""
+    ledger = Ledger(path)
+    found: dict[str, object] = {"run": repr(ledger.run), "rounds": ledger.rounds, "metrics": repr(ledger.metrics())}
+    for number in ledger.rounds:
+        stored = ledger.round(number)
+        found[f"table {number}"] = repr(stored.table().to_pylist())
+        for leaf in ledger.leaf_names:
+            found[f"global {number} {leaf}"] = stored.global_leaf(leaf).tobytes()
+        for client in stored.kept_ids:
+            for leaf, value in stored[client].leaves.items():
+                found[f"local {number} {client} {leaf}"] = value.tobytes()
+    found["clients"] = [ledger.client(client) and client for client in ledger.clients]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, bytes], dict[str, object]]]:
+    """Kind -> the files of a ledger, and what is read from it."""
+    found = {}
+    for kind in KINDS:
+        path = tmp_path_factory.mktemp(kind) / "run"
+        write(path, kind)
+        files = {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+        found[kind] = files, content(path)
+        assert Ledger(path).verify() == []
+    return found
+
+
+class Watch:
+    """What the interpreter's audit hook saw while it was on."""
+
+    def __init__(self) -> None:
+        self.root: str | None = None
+        self.wrong: list[str] = []
+        sys.addaudithook(self._see)  # it stays for the life of the process, and costs nothing while it is off
+
+    def _see(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.root is None:
+            return
+        if event in ("open", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.link"):
+            for path in arguments[: 2 if event in ("os.rename", "os.link") else 1]:
+                if isinstance(path, str | bytes | os.PathLike):
+                    name = os.path.realpath(os.fsdecode(path))
+                    if not (name + "/").startswith(self.root + "/") and not name.startswith("/proc/"):
+                        self.wrong.append(f"{event} {name}")
+        elif event.startswith(
+            ("pickle.", "subprocess.", "os.system", "os.exec", "os.spawn", "socket.", "ctypes.dlopen")
+        ):
+            self.wrong.append(event)
+        elif event in ("exec", "import", "compile"):
+            self.wrong.append(f"{event} {arguments[0]!r}")
+
+    @contextlib.contextmanager
+    def on(self, root: Path) -> Iterator[None]:
+        self.wrong, self.root = [], str(root.resolve())
+        try:
+            yield
+        finally:
+            self.root = None
+        assert self.wrong == []
+
+
+WATCH = Watch()
+
+
+def attempt(path: Path) -> dict[str, object] | None:
+    """What is read, or None when that is refused; whatever happens is a `LedgerError`, and nobody is left waiting."""
+    found = None
+    with contextlib.suppress(LedgerError):
+        found = content(path)
+    damage = None
+    with contextlib.suppress(LedgerError):
+        damage = Ledger(path).verify()
+        Ledger(path).usage()
+    if found is None:
+        assert damage != []
+    with contextlib.suppress(LedgerError):
+        Ledger(path).prune(keep_every=2, drop_clients=[IDS[1]])
+    with contextlib.suppress(LedgerError), LedgerWriter.open(path) as writer:
+        writer.checkpoint()
+    return found
+
+
+@st.composite
+def flips(draw, files):
+    """A file with some bits flipped."""
+    name = draw(st.sampled_from(sorted(files)))
+    data = bytearray(files[name])
+    for _ in range(draw(st.integers(1, 4))):
+        data[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
+    return {name: bytes(data)}
+
+
+@st.composite
+def cuts(draw, files):
+    """A file cut short, with something in its middle left out or put in, or gone."""
+    name = draw(st.sampled_from(sorted(files)))
+    data = files[name]
+    start = draw(st.integers(0, len(data)))
+    end = draw(st.integers(start, len(data)))
+    put_in = draw(st.binary(max_size=20))
+    return {name: draw(st.sampled_from([data[:start], data[:start] + put_in + data[end:], None]))}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(
+        ["..", "../../x", "a\0b", "/etc/passwd", 2**70, -1, "int8-delta", "float8_e4m3fn", "raw", "*"]
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def places_in(value, above=()):
+    """The paths of all members of a JSON value."""
+    for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*above, key)
+        if isinstance(member, dict | list):
+            yield from places_in(member, (*above, key))
+
+
+def changed(draw, value):
+    """A JSON value with some members replaced, renamed or left out."""
+    for _ in range(draw(st.integers(1, 3))):
+        paths = list(places_in(value))
+        if not paths:
+            break
+        *above, last = draw(st.sampled_from(paths))
+        parent = value
+        for key in above:
+            parent = parent[key]
+        what = draw(st.sampled_from(["replace", "remove", "rename"]))
+        if what == "replace" or isinstance(parent, list):
+            parent[last] = draw(JSON)
+        elif what == "remove":
+            del parent[last]
+        else:
+            parent[draw(st.sampled_from(["..", "a\0b", "local/..", "global/zero", "x"]))] = parent.pop(last)
+    return value
+
+
+@st.composite
+def descriptions(draw, files):
+    """Another `run.json`, with its checksum gone."""
+    run = json.loads(files["run.json"])
+    del run["checksum"]
+    return {"run.json": json.dumps(changed(draw, run)).encode()}
+
+
+@st.composite
+def headers(draw, files):
+    """A file of weights, or the checkpoint, whose header lies."""
+    name = draw(st.sampled_from([name for name in sorted(files) if name.endswith(".safetensors")]))
+    (length,) = struct.unpack("<Q", files[name][:8])
+    text = json.dumps(changed(draw, json.loads(files[name][8 : 8 + length]))).encode()
+    length_ = draw(st.just(len(text)) | st.integers(0, 2**64 - 1))
+    return {name: struct.pack("<Q", length_) + text + files[name][8 + length :]}
+
+
+COLUMNS = {
+    "int64": (pa.int64(), st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 9)),
+    "string": (pa.string(), st.text(max_size=5) | st.sampled_from(["..", "a\0b"])),
+    "double": (pa.float64(), st.floats()),
+    "binary": (pa.binary(), st.binary(max_size=4)),
+    "bool": (pa.bool_(), st.booleans()),
+    "list": (pa.list_(pa.int8()), st.lists(st.integers(0, 3), max_size=2)),
+    "date": (pa.date32(), st.integers(0, 9)),
+    "decimal": (pa.decimal128(5, 2), st.none()),
+    "null": (pa.null(), st.none()),
+    "struct": (pa.struct([("a", pa.int8())]), st.none()),
+    "dictionary": (pa.dictionary(pa.int8(), pa.string()), st.sampled_from(["a", "b"])),
+}
+
+
+@st.composite
+def tables(draw, files):
+    """A round's table with foreign columns, other values, other metadata or other rows; its checksum is gone."""
+    name = draw(st.sampled_from([name for name in sorted(files) if name.endswith(".parquet")]))
+    table = pq.read_table(io.BytesIO(files[name]))
+    metadata = json.loads(table.schema.metadata[b"fedlens"])
+    del metadata["checksum"]
+    for _ in range(draw(st.integers(1, 3))):
+        what = draw(st.sampled_from(["column", "drop", "rows", "metadata", "leaves", "none"]))
+        if what == "column":
+            dtype, values = COLUMNS[draw(st.sampled_from(sorted(COLUMNS)))]
+            column = pa.array(draw(st.lists(values | st.none(), min_size=len(table), max_size=len(table))), dtype)
+            label = draw(st.sampled_from([*table.column_names, "..", "a\0b", "Loss", "foreign", ""]))
+            if label in table.column_names:
+                table = table.set_column(table.column_names.index(label), label, column)
+            else:
+                table = table.append_column(label, column)
+        elif what == "drop" and table.num_columns > 1:
+            table = table.drop_columns([draw(st.sampled_from(table.column_names))])
+        elif what == "rows":
+            rows = draw(st.lists(st.integers(0, max(0, len(table) - 1)), max_size=9)) if len(table) else []
+            table = table.take(pa.array(rows, pa.int64()))
+        elif what == "metadata":
+            metadata = changed(draw, metadata)
+        elif what == "leaves" and "leaves" in table.column_names and table.column("leaves").type.num_fields == 1:
+            rows = table.column("leaves").to_pylist()
+            if rows and rows[0] and isinstance(rows[0][0], dict) and "leaf" in rows[0][0]:
+                rows[0][0] |= draw(
+                    st.fixed_dictionaries(
+                        {},
+                        optional={
+                            "leaf": st.text(max_size=3),
+                            "checksum": st.none() | st.integers(0, 2**32 - 1),
+                            "scale": st.none() | st.floats(),
+                            "norm": st.none() | st.floats(),
+                        },
+                    )
+                )
+                table = table.set_column(
+                    table.column_names.index("leaves"), "leaves", pa.array(rows, table.column("leaves").type)
+                )
+    text = draw(st.just(json.dumps(metadata)) | st.sampled_from(["", "[]", "{", "\0"]))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"fedlens": text}), sink)
+    return {name: sink.getvalue().to_pybytes()}
+
+
+@st.composite
+def removals(draw, files):
+    """A list of removals that nobody made, with checksums or without."""
+    fields = st.fixed_dictionaries(
+        {"kind": st.sampled_from(["rounds", "clients", "..", 3])},
+        optional={
+            "rounds": st.lists(st.integers(-1, 3), max_size=3) | JSON,
+            "clients": st.lists(st.text("0f", min_size=64, max_size=64), max_size=2) | JSON,
+        },
+    )
+    lines = [json.dumps(each | {"checksum": BLANK}).encode() for each in draw(st.lists(fields, max_size=3))]
+    return {
+        "removals.jsonl": b"\n".join(seal(line, END_OF_METADATA) if draw(st.booleans()) else line for line in lines)
+    }
+
+
+def place(root: Path, files: dict[str, bytes | None]) -> Path:
+    """A ledger of these files in a folder of its own, beside something that is none of its business."""
+    path = root / "ledger"
+    for folder in ("rounds", "checkpoints"):
+        (path / folder).mkdir(parents=True, exist_ok=True)
+        for file in (path / folder).iterdir():
+            file.unlink()
+    for file in path.iterdir():
+        if file.is_file():
+            file.unlink()
+    for name, data in files.items():
+        if data is not None:
+            (path / name).write_bytes(data)
+    return path
+
+
+def surroundings(root: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(file): (file.stat().st_mtime_ns, file.stat().st_size)
+        for file in sorted(root.rglob("*"))
+        if root / "ledger" not in (file, *file.parents)
+    }
+
+
+# Damage that may not be seen as anything else than what was written, and changes whose checksum was taken away.
+ACCIDENTS, LIES = (flips, cuts), (descriptions, headers, tables, removals)
+
+
+def check(whole, root: Path, data, makers) -> None:
+    kind = data.draw(st.sampled_from(sorted(KINDS)))
+    files, expected = whole[kind]
+    change = data.draw(st.one_of([maker(files) for maker in makers]))
+    path = place(root, files | change)
+    before = surroundings(root)
+    with WATCH.on(path):
+        found = attempt(path)
+    assert surroundings(root) == before
+    if makers is ACCIDENTS and found is not None:
+        whole_rounds = {name: value for name, value in expected.items() if name in found}
+        if None not in change.values():  # a table that is gone is a round that is gone
+            whole_rounds = expected
+        lost = {"rounds", "metrics", "clients"} if None in change.values() else set()
+        assert {name: found[name] for name in whole_rounds if name not in lost} == {
+            name: value for name, value in whole_rounds.items() if name not in lost
+        }
+
+
+def fuzz(makers, examples):
+    """A test with so many cases."""
+
+    @settings(
+        max_examples=examples,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(data=st.data())
+    def test(whole, root, data):
+        check(whole, root, data, makers)
+
+    return test
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, whole) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("surroundings")
+    for name in ("neighbour", "etc/passwd", "ledger.txt"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("not yours")
+    # Whatever is imported on the first error or the first encoding is imported now.
+    for kind in KINDS:
+        for name in whole[kind][0]:
+            for data in (b"", b"{", None):
+                attempt(place(root, whole[kind][0] | {name: data}))
+        attempt(place(root, whole[kind][0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no machine dies here
+        yield root
+
+
+test_accidents = fuzz(ACCIDENTS, 150)
+test_lies = fuzz(LIES, 150)
+test_many_accidents = pytest.mark.soak(fuzz(ACCIDENTS, 6000))
+test_many_lies = pytest.mark.soak(fuzz(LIES, 6000))
+
+
+def test_the_watch_sees_what_it_should(root, tmp_path):
+    """The hook is no decoration: each of these would fail a case."""
+    import pickle
+
+    for act in (
+        lambda: (root / "neighbour").read_text(),
+        lambda: pickle.loads(pickle.dumps(Path)),
+        lambda: exec("1"),
+        lambda: os.mkdir(root / "new"),
+    ):
+        with pytest.raises(AssertionError), WATCH.on(tmp_path):
+            act()
+
+
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(
+    ids=st.lists(st.text(min_size=1, max_size=12) | st.sampled_from(IDS), min_size=1, max_size=5, unique=True),
+    name=st.text(max_size=8).filter(lambda name: name != "__metadata__"),
+    data=st.data(),
+)
+def test_any_text_is_a_name_and_comes_back(tmp_path_factory, ids, name, data):
+    path = tmp_path_factory.mktemp("any") / "run"
+    shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
+    dtype = data.draw(st.sampled_from([np.float32, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, np.bool_, np.int64]))
+    before = {str(file) for file in path.parent.parent.iterdir()}
+    with LedgerWriter.create(path, weights={name: np.zeros(shape, dtype)}, config={}, rounds=1) as writer:
+        writer.begin(0, [np.zeros(shape, dtype)])
+        local = np.arange(len(ids) * int(np.prod(shape))).reshape(len(ids), *shape).astype(dtype)
+        writer.add([ClientPart(tuple(ids), np.arange(len(ids)), [local], np.ones(len(ids)), {})])
+        writer.commit({}, {})
+    ledger = Ledger(path)
+    assert ledger.verify() == []
+    assert ledger.round(0).ids == tuple(ids)
+    for client, value in zip(ids, local, strict=True):
+        (stored,) = ledger.round(0)[client].leaves.values()
+        assert stored.tobytes() == value.tobytes()
+        assert (stored.shape, stored.dtype) == (tuple(shape), np.dtype(dtype))
+    ledger.prune(drop_clients=[ids[0]])
+    assert ledger.round(0).ids == tuple(ids[1:])
+    assert {str(file) for file in path.parent.parent.iterdir()} == before
