@@ -24,7 +24,7 @@ from fedlens.compiler.functions import describe_tracing
 from fedlens.errors import ConfigError
 from fedlens.language.tracebacks import noting
 from fedlens.language.types import contains_sequence, num_bytes
-from fedlens.runtime import checks, chunk_program, convolution, pooling, reductions, stage_log
+from fedlens.runtime import checks, chunk_program, convolution, pooling, reductions, scans, stage_log
 from fedlens.runtime.chunk_program import AXIS, Watch
 from fedlens.runtime.columns import Layout, Share, bucket
 from fedlens.runtime.devices import compute_devices
@@ -71,6 +71,7 @@ class Local:
         self._programs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         convolution.install()
         pooling.install()
+        scans.install()
 
     def run_clients(
         self,

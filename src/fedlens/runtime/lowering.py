@@ -48,8 +48,8 @@ def register(
     """Puts a rule in front of a primitive's own for CPU, once per process; doing it again changes nothing.
 
     Args:
-      primitive: a primitive with one result.
-      function: what to trace in its place: `function(*operands, **parameters) -> result`.
+      primitive: a primitive, with one result or several.
+      function: what to trace in its place: `function(*operands, **parameters)` gives the result, or a list of them.
       applies: whether it computes the operation: `applies(abstract operands and result, parameters)`.
 
     Returns:
@@ -61,7 +61,8 @@ def register(
         if registered is None:
             return False
         if not isinstance(registered, _FastRule):
-            mlir.register_lowering(primitive, _FastRule(registered, function, applies), platform="cpu")
+            fast = mlir.lower_fun(function, multiple_results=primitive.multiple_results)
+            mlir.register_lowering(primitive, _FastRule(registered, fast, applies), platform="cpu")
         return True
 
 
@@ -79,12 +80,10 @@ def _registered_rule(primitive: Any) -> _Rule | None:
 class _FastRule:
     """A lowering rule: the fast form where asked for and possible, else the rule that was registered before."""
 
-    def __init__(
-        self, otherwise: _Rule, function: Callable[..., Any], applies: Callable[[Sequence[Any], dict[str, Any]], bool]
-    ) -> None:
+    def __init__(self, otherwise: _Rule, fast: _Rule, applies: Callable[[Sequence[Any], dict[str, Any]], bool]) -> None:
         self._otherwise = otherwise
+        self._fast = fast
         self._applies = applies
-        self._fast = mlir.lower_fun(function, multiple_results=False)
 
     def __call__(self, context: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Sequence[Any]:
         if _active.value and self._applies((*context.avals_in, *context.avals_out), parameters):

@@ -1,0 +1,48 @@
+"""Loops over time lowered for CPU with less in them: a rule for `lax.scan`, for recurrent layers and their gradients.
+
+XLA:CPU computes a body step by step as it stands. `scan_plan` says which products need not wait for the step before,
+`scan_outside` computes them for all steps at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core.primitives import scan_p
+from jaxtyping import Array, Shaped
+
+from fedlens.runtime.lowering import register
+from fedlens.runtime.scan_body import Body, read
+from fedlens.runtime.scan_outside import rewritten
+from fedlens.runtime.scan_plan import Plan, plan
+
+
+def install() -> bool:
+    """Registers the rule for `lax.scan_p`; see `scan_plan` for the loops that it changes.
+
+    Returns:
+      Whether it is registered; see `lowering.register`.
+    """
+    return register(scan_p, _scan, _changes)
+
+
+def _planned(parameters: dict[str, Any]) -> tuple[Body, Plan] | None:
+    closed = parameters["jaxpr"]
+    if closed.effects or parameters["unroll"] < 1:
+        return None
+    body = read(parameters)
+    chosen = plan(body, parameters["length"]) if body is not None else None
+    return None if body is None or chosen is None else (body, chosen)
+
+
+def _changes(arrays: Sequence[Any], parameters: dict[str, Any]) -> bool:
+    return _planned(parameters) is not None
+
+
+def _scan(*operands: Shaped[Array, "..."], **parameters: Any) -> list[Shaped[Array, "..."]]:
+    planned = _planned(parameters)
+    if planned is None:
+        raise ValueError("Expected a loop that has products to take out, found none.")
+    settings = {name: parameters[name] for name in ("length", "reverse", "unroll")}
+    return rewritten(*planned, operands, **settings)
