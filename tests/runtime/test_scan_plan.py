@@ -113,6 +113,24 @@ def test_a_product_with_more_rows_than_the_sum_has_cells_stays():
     assert_close(found, expected)
 
 
+def test_a_loop_over_blocks_stays():
+    """As a convolution's: patches of all steps at once would not fit into a cache."""
+    x, y = drawn(STEPS, 20, 10), drawn(STEPS, 20, 5)
+
+    def function(x, y, kernel):
+        def step(total, at):
+            x, y = at
+            patches = jnp.concatenate([jnp.roll(x, shift, axis=0) for shift in range(3)], axis=1)
+            return total + patches.T @ y, patches @ kernel
+
+        return lax.scan(step, jnp.zeros((30, 5)), (x, y))
+
+    expected, found, before, after = both(function, x, y, drawn(30, 5))
+    assert before == after
+    assert len(before) == 2
+    assert_close(found, expected)
+
+
 def test_integers_and_what_counts_steps_stay_exact():
     x, y = factors()
 

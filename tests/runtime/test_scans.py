@@ -55,6 +55,14 @@ def test_an_optimized_lstm_has_one_product_in_each_loop():
     assert after == [f"f32[{ROWS},{UNITS}]", f"f32[{ROWS},{4 * UNITS}]"]
 
 
+def test_a_kernel_for_few_inputs_profits_from_what_is_stacked_for_another():
+    rows, few = 12, 2  # more rows by far than the gradient of a kernel for 2 inputs would pay for on its own
+    expected, found, _, after = both(*training(nn.RNN(nn.OptimizedLSTMCell(UNITS)), inputs(rows, STEPS, few)))
+    assert_close(found, expected)
+    assert not any(shape.endswith(f",{few}]") and not shape.startswith(f"f32[{rows},") for shape in after)
+    assert not any(shape.startswith((f"f32[{4 * UNITS}", f"f32[{UNITS}", f"f32[{few},")) for shape in after)
+
+
 def test_several_layers_and_both_directions():
     class Network(nn.Module):
         @nn.compact

@@ -118,6 +118,7 @@ class Knowledge:
       readers: how often a value is read.
       constant: the values that are the same in all steps and can be computed before the loop.
       stacked: the values whose stack over all steps there is.
+      emitted: those of them that a rewritten loop stacks for what comes after it.
     """
 
     def __init__(self, body: Body) -> None:
@@ -131,6 +132,7 @@ class Knowledge:
             if operation.is_movable and self.constant.issuperset(operation.operands):
                 self.constant.update(operation.results)
         self.stacked: set[int] = set()
+        self.emitted: set[int] = set()
         self._known = set(self.constant)
         self.learn(body.scanned)
 
@@ -141,6 +143,16 @@ class Knowledge:
         for operation in self.body.operations:
             if operation.is_movable and operation.name != PRODUCT and self._known.issuperset(operation.operands):
                 self._known.update(operation.results)
+
+    def emit(self, values: Iterable[int]) -> None:
+        """Values that the loop stacks in addition."""
+        self.emitted.update(values)
+        self.learn(values)
+
+    @property
+    def at_hand(self) -> set[int]:
+        """The values that need not be computed outside any more."""
+        return self.constant | self.stacked
 
     def knows(self, value: int) -> bool:
         """Whether the stack of a value over all steps follows from what there is, without another product."""

@@ -71,19 +71,21 @@ def plan(body: Body, length: int) -> Plan | None:
     outputs = _outputs(outside)
     known = [place for place, value in enumerate(body.stacked) if outside.knows(value)]
     outside.learn(body.stacked)
-    candidates = [*_sums(outside), *outputs]
-    chosen = _consistent(body, [candidate for candidate in candidates if candidate.products])
+    chosen = _consistent(body, [candidate for candidate in (*_sums(outside), *outputs) if candidate.products])
     if not before and not chosen:
         return None
     leaves = dict.fromkeys(leaf for candidate in chosen for leaf in candidate.leaves)
     emitted = tuple(leaf for leaf in leaves if not outside.knows(leaf))
+    outside.emit(emitted)
+    # What is stacked now gives other sums for nothing, as those of a bias and of a kernel for few inputs.
+    places = {candidate.place for candidate in chosen if candidate.is_sum}
+    others = [candidate for candidate in _sums(outside) if candidate.place not in places]
+    chosen = _consistent(body, [*chosen, *others])
+    leaves.update(dict.fromkeys(leaf for candidate in chosen for leaf in candidate.leaves))
     after = (*known, *(candidate.place for candidate in chosen if not candidate.is_sum))
     if length * _held(outside, before, leaves, emitted, after) > MOST_BYTES:
         return None
-    outside.learn(emitted)
     places = {candidate.place for candidate in chosen if candidate.is_sum}
-    # What is stacked now gives some sums for nothing, as that of a bias.
-    places.update(candidate.place for candidate in _sums(outside) if not candidate.products)
     sums = {place: sum_of(outside, added(outside, place)) for place in sorted(places)}
     return Plan(
         before=tuple(before),
@@ -112,11 +114,14 @@ def _before(outside: Knowledge) -> list[Operation]:
     for operation in body.operations:
         if operation.name != PRODUCT or operation.results[0] in outside.constant:
             continue
-        kernel, (result,) = _kernel(outside, operation), operation.results
-        if kernel is None or body.size(result) > body.size(kernel) or not all(map(outside.knows, operation.operands)):
+        kernel = _kernel(outside, operation)
+        if kernel is None or not all(map(outside.knows, operation.operands)):
             continue
-        found.append(operation)
-        outside.learn({result})
+        # Factors that have to be made from what is scanned, as the patches of a convolution, are held as well.
+        held = [*operation.results, *(each for each in operation.operands if each not in outside.at_hand)]
+        if sum(map(body.size, held)) <= body.size(kernel):
+            found.append(operation)
+            outside.learn(operation.results)
     return found
 
 
@@ -152,7 +157,7 @@ def _outputs(outside: Knowledge) -> list[_Candidate]:
                 leaves[value] = None
             elif maker.name != PRODUCT:
                 pending += maker.operands
-            elif (kernel := _kernel(outside, maker)) is None:
+            elif (kernel := _kernel(outside, maker)) is None or all(map(outside.knows, maker.operands)):
                 leaves[value] = None
             else:
                 kernels[value] = kernel

@@ -100,11 +100,16 @@ def sum_of(outside: Knowledge, values: Sequence[int]) -> Sum | None:
 
 
 def _pays(outside: Knowledge, operation: Operation) -> bool:
-    """Whether it is a product of two values that change from step to step, smaller together than what it gives."""
-    if operation.name != PRODUCT or any(operand in outside.constant for operand in operation.operands):
+    """Whether it is a product of two values that change from step to step, and few rows make it large.
+
+    With many rows a step's product takes longer than adding it up; and loops over blocks, as fedlens's own convolutions
+    are, keep a block in the cache.
+    """
+    factors = set(operation.operands)
+    if operation.name != PRODUCT or factors & outside.constant:
         return False
-    stacked = {operand for operand in operation.operands if not outside.knows(operand)}
-    return sum(map(outside.body.size, stacked)) <= outside.body.size(operation.results[0])
+    is_small = sum(map(outside.body.size, factors)) <= outside.body.size(operation.results[0])
+    return is_small or bool(factors & outside.emitted and factors <= outside.stacked)
 
 
 def _is_linear(outside: Knowledge, operation: Operation, varying: Sequence[int]) -> bool:
