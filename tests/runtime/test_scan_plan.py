@@ -131,6 +131,23 @@ def test_a_loop_over_blocks_stays():
     assert_close(found, expected)
 
 
+def test_constants_are_states_outputs_and_addends_as_any_value():
+    x, y = factors()
+
+    def function(x, y, constant):
+        def step(state, at):
+            total, shift, biased = state
+            x, y = at
+            wide = jnp.broadcast_to(constant * 2, (3, RIGHT))
+            return (total + x.T @ (y + shift), constant, biased + constant), (constant, wide, jnp.float32(1), y, 3 * y)
+
+        return lax.scan(step, (jnp.zeros((LEFT, RIGHT)), constant + 1, constant), (x, y))
+
+    expected, found, before, after = both(function, x, y, jnp.arange(float(RIGHT)))
+    assert (len(before), after) == (1, [])
+    assert_close(found, expected)
+
+
 def test_integers_and_what_counts_steps_stay_exact():
     x, y = factors()
 

@@ -138,7 +138,7 @@ class Knowledge:
 
     def learn(self, stacked: Iterable[int]) -> None:
         """Values whose stack over all steps there is now."""
-        self.stacked.update(stacked)
+        self.stacked.update(set(stacked) - self.constant)
         self._known.update(self.stacked)
         for operation in self.body.operations:
             if operation.is_movable and operation.name != PRODUCT and self._known.issuperset(operation.operands):

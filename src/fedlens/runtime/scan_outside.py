@@ -22,12 +22,12 @@ from fedlens.runtime.scan_sums import Sum
 def rewritten(
     body: Body, plan: Plan, operands: Sequence[Array], *, length: int, reverse: bool, unroll: int
 ) -> list[Shaped[Array, "..."]]:
-    """What a scan gives: the state after the last step, and the stacked outputs.
+    """What a scan gives: the state after the last step, and the stacked outputs, `[length, ...]`.
 
     Args:
       body: of the scan.
       plan: for it.
-      operands: the constants, the first state, and the arrays that the loop walks over.
+      operands: the constants, the first state, and the arrays that the loop walks over, `[length, ...]`.
       length: how many steps.
       reverse: whether the last comes first.
       unroll: how many steps a turn of the loop takes.
@@ -63,7 +63,11 @@ def rewritten(
     for place, added in plan.sums.items():
         first = inputs[body.carried[place]]
         last[place] = first + outside.total(added, first.dtype)
-    return [*(last[place] for place in range(len(body.carried))), *outside.stacks(body.stacked)]
+    stacked = [
+        jnp.broadcast_to(stack, (length, *body.types[value].shape))  # a constant has no axis of time yet
+        for value, stack in zip(body.stacked, outside.stacks(body.stacked), strict=True)
+    ]
+    return [*(last[place] for place in range(len(body.carried))), *stacked]
 
 
 def _worth_having(body: Body, plan: Plan, within: Sequence[Operation]) -> list[int]:
@@ -115,7 +119,7 @@ class _Outside:
         return {value: found for value, found in self._values.items() if value in self._known.constant}
 
     def stacks(self, values: Sequence[int]) -> list[Any]:
-        """The stacks of values, `[time, ...]`."""
+        """The stacks of values, `[time, ...]`; of a constant just itself."""
         self._compute(values)
         return [self._values[value] for value in values]
 

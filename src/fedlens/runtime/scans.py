@@ -21,6 +21,17 @@ from fedlens.runtime.scan_plan import Plan, plan
 def install() -> bool:
     """Registers the rule for `lax.scan_p`; see `scan_plan` for the loops that it changes.
 
+    Example:
+      >>> scans.install()
+      True
+      >>> def gram(x, y):  # the sum over steps of x.T @ y, as the gradient of a kernel is
+      ...     return lax.scan(lambda total, at: (total + at[0].T @ at[1], ()), jnp.zeros((8, 8)), (x, y))[0]
+      >>> x = jnp.ones((5, 2, 8))
+      >>> with lowered_for_cpu():
+      ...     text = jax.jit(gram).lower(x, x).as_text()
+      >>> "contracting_dims = [0, 2] x [0, 1]" in text  # of time and rows: one product over all steps
+      True
+
     Returns:
       Whether it is registered; see `lowering.register`.
     """
@@ -28,6 +39,7 @@ def install() -> bool:
 
 
 def _planned(parameters: dict[str, Any]) -> tuple[Body, Plan] | None:
+    """The body of a scan and what to take out of it; None if it stays as it is."""
     closed = parameters["jaxpr"]
     if closed.effects or parameters["unroll"] < 1:
         return None
