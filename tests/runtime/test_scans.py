@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from lowered import assert_close, both, drawn, looped_products, lower, lower_for_cpu
 
 from fedlens.runtime import scan_plan, scans
+from fedlens.runtime.lowering import lowered_for_cpu
 
 STEPS, ROWS, INPUTS, UNITS = 7, 2, 8, 16
 CELLS = {"OptimizedLSTM": nn.OptimizedLSTMCell, "LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "simple": nn.SimpleCell}
@@ -152,6 +153,18 @@ def test_16_bits_are_no_less_exact():
         for of in leaves[:2]
     ]
     assert errors[1] <= 1.1 * errors[0]
+
+
+def test_loops_over_a_symbolic_number_of_steps_stay():
+    x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("steps"), ROWS, UNITS), np.float32)
+
+    def gram(x):
+        return jax.lax.scan(lambda total, x: (total + x.T @ x, ()), jnp.zeros((UNITS, UNITS)), x)[0]
+
+    with lowered_for_cpu():
+        exported = jax.export.export(jax.jit(gram))(x)
+    each = inputs(STEPS, ROWS, UNITS)
+    assert_close(exported.call(each), gram(each))
 
 
 def test_only_within_the_gate():

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from fedlens.runtime.convolution_cost import Form, cheapest
 from fedlens.runtime.convolution_forms import CANONICAL, convolve
 from fedlens.runtime.convolution_geometry import geometry_of
-from fedlens.runtime.lowering import register
+from fedlens.runtime.lowering import is_spread, register
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -44,7 +44,7 @@ def chosen_form(arrays: Sequence[Any], parameters: dict[str, Any]) -> Form | Non
     """
     if not all(isinstance(size, int) and size > 0 for array in arrays for size in array.shape):
         return None
-    if not all(array.dtype.name in _FLOATS for array in arrays) or _is_spread(parameters.get("out_sharding")):
+    if not all(array.dtype.name in _FLOATS for array in arrays) or is_spread(parameters.get("out_sharding")):
         return None
     if any(_varies(array) for array in arrays):
         return None
@@ -64,11 +64,6 @@ def _changes(arrays: Sequence[Any], parameters: dict[str, Any]) -> bool:
     of_library = lax.conv_dimension_numbers(lhs.shape, lhs.shape, CANONICAL[lhs.ndim - 2])
     canonical = tuple(parameters["dimension_numbers"]) == tuple(of_library)
     return not (canonical and all(array.dtype == np.float32 for array in arrays))
-
-
-def _is_spread(sharding: Any) -> bool:
-    """Whether a sharding names a mesh axis; under shard_map JAX gives one that names none."""
-    return sharding is not None and any(axis is not None for axis in sharding.spec)
 
 
 def _varies(array: Any) -> bool:

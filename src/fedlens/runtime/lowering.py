@@ -66,6 +66,11 @@ def register(
         return True
 
 
+def is_spread(sharding: Any) -> bool:
+    """Whether a sharding names a mesh axis; under shard_map JAX gives one that names none."""
+    return sharding is not None and any(axis is not None for axis in sharding.spec)
+
+
 def _registered_rule(primitive: Any) -> _Rule | None:
     # The private names of JAX that fedlens uses: the rule in use cannot be asked for in any other way, and outside
     # fedlens's programs it must stay in use. An entry was the rule itself before JAX 0.7, and wraps it since.

@@ -12,7 +12,7 @@ from typing import Any
 from jax.extend.core.primitives import scan_p
 from jaxtyping import Array, Shaped
 
-from fedlens.runtime.lowering import register
+from fedlens.runtime.lowering import is_spread, register
 from fedlens.runtime.scan_body import Body, read
 from fedlens.runtime.scan_outside import rewritten
 from fedlens.runtime.scan_plan import Plan, plan
@@ -49,6 +49,12 @@ def _planned(parameters: dict[str, Any]) -> tuple[Body, Plan] | None:
 
 
 def _changes(arrays: Sequence[Any], parameters: dict[str, Any]) -> bool:
+    """Whether the rule has anything to do: not for symbolic shapes, nor for arrays spread by explicit sharding."""
+    sizes = [size for array in arrays for size in getattr(array, "shape", ())]
+    if not all(isinstance(size, int) for size in (*sizes, parameters["length"])):
+        return False
+    if any(is_spread(getattr(array, "sharding", None)) for array in arrays):
+        return False
     return _planned(parameters) is not None
 
 
