@@ -13,8 +13,8 @@ def rounds(lines: Iterable[str]) -> list[dict[str, float]]:
     """Seconds by part of each call that had clients; a call starts with the line of its arguments.
 
     Returns:
-      For each call: `arguments`, what it takes to bind them; `packing`, `computing` and `writing` of its client stages;
-      `server`, all of its server stages; `compiling`, in any stage.
+      For each call: `arguments`, what it takes to bind them; `packing`, `computing` and `writing` of its client stages,
+      `writing` with what ends a ledger's round; `server`, all of its server stages; `compiling`, in any stage.
     """
     found: list[dict[str, float]] = []
     under_way = False
@@ -34,7 +34,8 @@ def rounds(lines: Iterable[str]) -> list[dict[str, float]]:
             for part in ("packing", "computing", "writing"):
                 of_round[part] += float(fields[part])
         else:
-            of_round[fields["stage"]] += float(fields["seconds"]) - float(fields["compiling"])
+            part = "writing" if fields["stage"] == "ledger" else fields["stage"]
+            of_round[part] += float(fields["seconds"]) - float(fields["compiling"])
     return found
 
 

@@ -142,3 +142,11 @@ def test_stage_lines_split_the_time_of_a_round():
     assert len(calls) == 2
     assert all(call["packing"] > 0 and call["computing"] > 0 and call["arguments"] > 0 for call in calls)
     assert set(stage_lines.medians(calls)) == set(stage_lines.PARTS)
+
+
+def test_what_ends_a_round_of_a_ledger_is_writing():
+    import stage_lines
+
+    line = "fedlens DEBUG stage={} clients=3 seconds={} packing=0 computing=0 writing=0 compiling=0"
+    (call,) = stage_lines.rounds([line.format("arguments", 0.5), line.format("ledger", 0.25)])
+    assert (call["arguments"], call["writing"], call["server"]) == (0.5, 0.25, 0.0)
