@@ -3,13 +3,8 @@
 import dataclasses
 import io
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -17,56 +12,12 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 from rich.console import Console
+from studies import ROUNDS, assert_same_bits, contents, make_data, make_model, make_process, run
 
 import fedlens as fed
-from fedlens import trees
-from fedlens.data import FederatedData
 from fedlens.errors import ConfigError, DataError, LedgerError
 from fedlens.learning import build_fed_eval, build_weighted_fed_avg
-from fedlens.ledger import Ledger, LedgerWriter
 from fedlens.report.progress import ProgressDisplay, RoundReport
-
-ROUNDS = 4
-
-
-def make_data():
-    rng = np.random.default_rng(0)
-    columns = {}
-    for number, count in enumerate([6, 3, 0, 9, 4]):
-        x = rng.normal(size=(count, 3)).astype(np.float32)
-        columns[f"form-{number}"] = {"x": x, "y": (x @ [1, -2, 0.5] > 0).astype(np.int32)}
-    return FederatedData.from_clients(columns)
-
-
-def make_model():
-    return fed.models.from_functions(
-        init=lambda key: {"w": 0.1 * jax.random.normal(key, (3, 2)), "b": jnp.zeros(2)},
-        apply=lambda weights, x: x @ weights["w"] + weights["b"],
-        inputs=make_data().element_type,
-        loss=fed.losses.cross_entropy,
-        metrics=[fed.metrics.accuracy],
-    )
-
-
-def make_process():
-    """A process whose server keeps more than the model: Adam's moments and count."""
-    return build_weighted_fed_avg(make_model(), optax.sgd(0.3), optax.adam(0.05), batch_size=4).with_local_models()
-
-
-def run(process, data, ledger, on_round=None):
-    """Three clients a round, evaluated on their training data."""
-    return fed.run(
-        process,
-        data,
-        rounds=ROUNDS,
-        seed=3,
-        clients_per_round=3,
-        test=data,
-        ledger=ledger,
-        config={"of": "tests"},
-        progress=False,
-        on_round=on_round,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +39,6 @@ def averaging(model):
 @pytest.fixture(scope="module")
 def process():
     return make_process()
-
-
-def contents(folder):
-    """Every file below a folder, with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def assert_same_bits(a, b):
-    found, expected = dict(trees.items(a)), dict(trees.items(b))
-    assert found.keys() == expected.keys()
-    for path, leaf in expected.items():
-        assert np.asarray(found[path]).tobytes() == np.asarray(leaf).tobytes(), path
 
 
 @pytest.fixture(scope="module")
@@ -200,143 +139,6 @@ def test_the_ledger_keeps_the_arguments_and_the_config(uninterrupted):
     _, folder = uninterrupted
     config = json.loads((folder / "run.json").read_text())["config"]
     assert config == {"study": {"rounds": ROUNDS, "seed": 3, "clients_per_round": 3}, "of": "tests"}
-
-
-class Interruption(Exception):  # noqa: N818
-    pass
-
-
-def stop_after(number, kind):
-    def on_round(report):
-        if report.round == number:
-            raise kind
-
-    return on_round
-
-
-@pytest.mark.parametrize(("number", "kind"), [(0, Interruption), (1, KeyboardInterrupt), (3, Interruption)])
-def test_resuming_gives_the_bits_of_an_uninterrupted_run(process, data, uninterrupted, tmp_path, number, kind):
-    finished, folder = uninterrupted
-    path = tmp_path / "run"
-    with pytest.raises(kind):
-        run(process, data, path, stop_after(number, kind))
-    assert Ledger(path).rounds == list(range(number + 1))
-    seen = []
-    resumed = fed.resume(process, data, ledger=path, test=data, progress=False, on_round=seen.append)
-    assert [report.round for report in seen] == list(range(number + 1, ROUNDS))
-    assert_same_bits(resumed.state, finished.state)
-    assert resumed.history == finished.history
-    assert contents(path) == contents(folder)
-    assert jax.tree.structure(resumed.state.optimizer_state) == jax.tree.structure(finished.state.optimizer_state)
-
-
-def go_until_killed(path, syncs):
-    """What a process of its own does: no exception, no closing, gone, in the middle of writing a round."""
-    left, sync = [syncs], os.fsync
-
-    def dying_sync(descriptor):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(descriptor)
-
-    os.fsync = dying_sync
-    data = make_data()
-    if os.path.exists(os.path.join(path, "run.json")):
-        fed.resume(make_process(), data, ledger=path, test=data, progress=False)
-    else:
-        run(make_process(), data, path)
-
-
-def kill_after(path, syncs):
-    script = f"import runpy; runpy.run_path({__file__!r})['go_until_killed']({str(path)!r}, {syncs})"
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
-
-
-def test_resuming_in_other_processes_after_kills(process, data, uninterrupted, tmp_path):
-    finished, folder = uninterrupted
-    path = tmp_path / "run"
-    for syncs in (13, 9):
-        before = Ledger(path).rounds if path.exists() else []
-        done = kill_after(path, syncs)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert len(before) < len(Ledger(path).rounds) < ROUNDS
-        assert Ledger(path).verify() == []
-    resumed = fed.resume(process, data, ledger=path, test=data, progress=False)
-    assert_same_bits(resumed.state, finished.state)
-    assert resumed.history == finished.history
-    assert contents(path) == contents(folder)
-
-
-@pytest.mark.soak
-def test_resuming_after_a_kill_at_each_step_of_writing(process, data, uninterrupted, tmp_path):
-    finished, folder = uninterrupted
-    for syncs in range(1, 40):
-        path = tmp_path / str(syncs)
-        done = kill_after(path, syncs)
-        again = kill_after(path, 7)
-        resumed = fed.resume(process, data, ledger=path, test=data, progress=False)
-        assert resumed.history == finished.history
-        assert contents(path) == contents(folder)
-        if done.returncode == again.returncode == 0:
-            break
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_pruned_run_resumes_to_the_same_model(process, data, uninterrupted, tmp_path):
-    finished, folder = uninterrupted
-    path = tmp_path / "run"
-    with pytest.raises(Interruption):
-        run(process, data, path, stop_after(2, Interruption))
-    client = Ledger(path).round(0).ids[0]
-    Ledger(path).prune(keep_every=2, drop_clients=[client])
-    seen = []
-    resumed = fed.resume(process, data, ledger=path, test=data, progress=False, on_round=seen.append)
-    assert [report.round for report in seen] == [3]
-    assert_same_bits(resumed.state, finished.state)
-    assert resumed.history == [finished.history[number] for number in (0, 2, 3)]
-    assert Ledger(path).rounds == [0, 2, 3]
-    assert Ledger(path).state == "complete"
-    for name in ("rounds/000003.parquet", "rounds/000003.safetensors", "checkpoints/000003.safetensors"):
-        assert (path / name).read_bytes() == (folder / name).read_bytes()
-
-
-def test_a_run_interrupted_before_its_first_round_starts_over(process, data, uninterrupted, tmp_path):
-    finished, _ = uninterrupted
-    config = json.loads((finished.ledger.path / "run.json").read_text())["config"]
-    weights = trees.map(np.asarray, process.initialize(3).weights)
-    LedgerWriter.create(tmp_path / "run", weights=weights, config=config, rounds=ROUNDS).close()
-    resumed = fed.resume(process, data, ledger=tmp_path / "run", progress=False)
-    assert_same_bits(resumed.state, finished.state)
-
-
-def test_a_finished_run_is_returned_as_it_is(process, data, uninterrupted):
-    finished, folder = uninterrupted
-    before = contents(folder)
-    resumed = fed.resume(process, data, ledger=folder, progress=False)
-    assert_same_bits(resumed.state, finished.state)
-    assert resumed.history == finished.history
-    assert contents(folder) == before
-
-
-def test_resuming_with_another_process_names_the_leaf(averaging, data, uninterrupted):
-    _, folder = uninterrupted
-    before = contents(folder)
-    with pytest.raises(LedgerError, match=r"found another leaf 'optimizer_state/0/count'.*instead of none, in .*run"):
-        fed.resume(averaging, data, ledger=folder, progress=False)
-    assert contents(folder) == before
-
-
-def test_a_ledger_that_no_run_started_cannot_be_resumed(process, data, tmp_path):
-    weights = trees.map(np.asarray, process.initialize(0).weights)
-    LedgerWriter.create(tmp_path / "own", weights=weights, config={"lr": 0.1}, rounds=2).close()
-    with pytest.raises(LedgerError, match=r"that fed.run started, found one without 'study' in its config, in .*own"):
-        fed.resume(process, data, ledger=tmp_path / "own", progress=False)
-
-
-def test_there_is_nothing_to_resume_in_an_empty_folder(process, data, tmp_path):
-    with pytest.raises(LedgerError, match="Expected a ledger"):
-        fed.resume(process, data, ledger=tmp_path, progress=False)
 
 
 def test_a_ledger_is_never_written_over(averaging, data, captured):

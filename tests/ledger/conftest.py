@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from dying import Server
 from safetensors.numpy import load_file
 
 from fedlens.ledger import ClientPart, LedgerWriter, RoundRecord
@@ -105,3 +106,12 @@ def stored_models(path: Path, number: int) -> dict[str, dict[str, np.ndarray]]:
 @pytest.fixture
 def stored_models_of() -> Callable[[Path, int], dict[str, dict[str, np.ndarray]]]:
     return stored_models
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.process.stdin.close()
+    server.process.wait(30)
+    server.process.stdout.close()

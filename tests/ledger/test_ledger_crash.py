@@ -1,13 +1,11 @@
 """A writer that dies at any moment: what it committed stays whole, and a resumed run ends as an uninterrupted one.
 
-The writers are real processes. One server process imports everything once and forks a writer for each request, so that
-dozens of deaths take a second or two.
+The writers are real processes, see `dying`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import select
@@ -15,184 +13,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
+from dying import LARGE, ROUNDS, SMALL, committed, files_of
 
 from fedlens.errors import LedgerError
 from fedlens.ledger import Ledger, LedgerWriter
-
-ROUNDS = 30
-SMALL = 3000  # numbers in the model
-LARGE = 280_000  # with the four clients' models, a file that goes past the page cache in part
-SERVER = """
-import errno, json, os, resource, signal, sys, warnings
-import numpy as np
-import pyarrow as pa
-from fedlens.errors import LedgerError
-from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord, direct
-
-# The one other thread is jemalloc's, which takes care of forks.
-warnings.filterwarnings("ignore", "This process .* is multi-threaded")
-pa.array([""])  # imports pandas where there is one, once and not in every writer
-
-# The death of a process, unlike that of a machine, loses nothing written: syncing would only take time here.
-os.fsync = lambda descriptor: None
-
-def record(number, size):
-    local = np.full((4, size), number, np.float32) + np.arange(4, dtype=np.float32)[:, None]
-    part = ClientPart(("a", "b", "c", "d"), np.arange(4), [local], np.arange(4), {})
-    return RoundRecord(number, [np.full(size, number, np.float32)], [part], {}, {"round": np.array(number)})
-
-def die_at(count):
-    calls = [0]
-    def wrap(function):
-        def counted(*arguments, **options):
-            calls[0] += 1
-            if calls[0] > count:
-                os._exit(9)
-            return function(*arguments, **options)
-        return counted
-    for name in ("open", "write", "fsync", "replace", "unlink", "mkdir", "ftruncate", "close"):
-        setattr(os, name, wrap(getattr(os, name)))
-
-def fill_disk_after(room):
-    left, write = [room], os.write
-    def limited(descriptor, memory):
-        count = min(len(memory), left[0])
-        if len(memory) and not count:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        left[0] -= write(descriptor, memory[:count])
-        return count
-    os.write = limited
-
-def prune(path, keep_every, drop_clients, calls, room):
-    if calls is not None:
-        die_at(calls)
-    if room is not None:
-        fill_disk_after(room)
-    Ledger(path).prune(keep_every=keep_every, drop_clients=drop_clients)
-
-def write(path, rounds, calls, limit, hold, room, size, past_cache):
-    if not past_cache:
-        direct._FLAG = 0  # as on a system without direct files
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if calls is not None:
-        die_at(calls)
-    if room is not None:
-        fill_disk_after(room)
-    if os.path.exists(path + "/run.json"):
-        writer = LedgerWriter.open(path)
-    else:
-        writer = LedgerWriter.create(path, weights=np.zeros(size, np.float32), config={}, rounds=30)
-    if hold:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    first = 0 if writer.last_round is None else int(writer.checkpoint()["round"]) + 1
-    with writer:
-        for number in range(first, rounds):
-            writer.record(record(number, size))
-
-for line in sys.stdin:
-    request = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        print(os.getpid(), flush=True)  # said by the writer, or its result could come before it
-        try:
-            do = request.pop("do")
-            (prune if do == "prune" else write)(**request)
-            result = ""
-        except LedgerError as error:
-            result = str(error)
-        print(json.dumps(result), flush=True)
-        os._exit(0)
-    os.waitpid(pid, 0)
-    print("gone", flush=True)
-"""
-
-
-class Server:
-    """The process that forks writers, and the lines it answers."""
-
-    def __init__(self) -> None:
-        # No threads of linear algebra, so that forking is safe.
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
-        )
-
-    def start(
-        self,
-        path: Path,
-        rounds: int = ROUNDS,
-        calls: int | None = None,
-        limit: int | None = None,
-        hold: bool = False,
-        room: int | None = None,
-        size: int = SMALL,
-        past_cache: bool = True,
-    ) -> int:
-        """Forks a writer that dies after `calls` system calls, may write files of `limit` bytes, or stops on `hold`.
-
-        With `room` the disk is full after so many bytes; the model has `size` numbers.
-        """
-        of_writer = {"rounds": rounds, "calls": calls, "limit": limit, "hold": hold, "room": room}
-        return self._request("write", path=str(path), **of_writer, size=size, past_cache=past_cache)
-
-    def prune(
-        self,
-        path: Path,
-        keep_every: int | None = None,
-        drop_clients: Sequence[str] = (),
-        calls: int | None = None,
-        room: int | None = None,
-    ) -> int:
-        """Forks a process that prunes a ledger, and dies or finds the disk full likewise."""
-        return self._request(
-            "prune", path=str(path), keep_every=keep_every, drop_clients=list(drop_clients), calls=calls, room=room
-        )
-
-    def _request(self, do: str, **fields: object) -> int:
-        self.process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
-        return int(self.process.stdout.readline())
-
-    def finish(self) -> str | None:
-        """Waits for the writer; returns what it said, None when it died before."""
-        line = self.process.stdout.readline()
-        if line == b"gone\n":
-            return None
-        assert self.process.stdout.readline() == b"gone\n"
-        return json.loads(line)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.process.stdin.close()
-    server.process.wait(30)
-    server.process.stdout.close()
-
-
-def committed(path: Path, size: int = SMALL) -> list[int]:
-    """The committed rounds, after reading all that is in them."""
-    if not (path / "run.json").exists():
-        return []
-    ledger = Ledger(path)
-    rounds = ledger.rounds  # asked for once: a writer may be at work
-    for number in rounds:
-        stored = ledger.round(number)
-        assert stored.ids == ("a", "b", "c", "d")
-        np.testing.assert_array_equal(stored.leaf("weights"), np.tile(number + np.arange(4)[:, None], (1, size)))
-        np.testing.assert_array_equal(stored.global_weights, np.full(size, number))
-    assert rounds == list(range(len(rounds)))
-    return rounds
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -415,90 +242,3 @@ def test_what_vanished_is_named(server, tmp_path, gone):
     assert gone in message or str(path) in message
     if gone.startswith("checkpoints"):
         assert committed(path) == [0, 1]
-
-
-def pruned_state(path: Path, gone: str, every: int) -> set[str]:
-    """Which of two states each round of a ledger is in, after reading all of it: with the client or without."""
-    states = set()
-    ledger = Ledger(path)
-    for number in ledger.rounds:
-        stored = ledger.round(number)
-        places = [place for place, client in enumerate("abcd") if client in stored]
-        assert stored.ids in (tuple("abcd"), tuple(client for client in "abcd" if client != gone))
-        np.testing.assert_array_equal(stored.leaf("weights"), np.tile(number + np.array(places)[:, None], (1, 3000)))
-        np.testing.assert_array_equal(stored.global_weights, np.full(3000, number))
-        states.add("with" if gone in stored else "without")
-    assert set(ledger.rounds) >= {number for number in range(5) if number % every == 0 or number == 4}
-    return states
-
-
-@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.soak)])
-def test_pruning_that_dies_before_a_system_call_is_finished_by_the_next(server, tmp_path, step):
-    server.start(tmp_path / "whole", rounds=5)
-    assert server.finish() == ""
-    undisturbed = shutil.copytree(tmp_path / "whole", tmp_path / "undisturbed")
-    server.prune(undisturbed, keep_every=2, drop_clients=["b"])
-    assert server.finish() == ""
-    expected = files_of(undisturbed)
-    mixed = 0
-    for calls in range(0, 400, step):
-        path = shutil.copytree(tmp_path / "whole", tmp_path / str(calls))
-        server.prune(path, keep_every=2, drop_clients=["b"], calls=calls)
-        survived = server.finish() is not None
-        mixed += len(pruned_state(path, "b", 2)) == 2
-        recorded = (path / "removals.jsonl").exists() and '"clients"' in (path / "removals.jsonl").read_text()
-        if recorded and not survived and files_of(path) != expected:
-            # What was begun is named, and finished without saying again what it was.
-            server.prune(path)
-            assert server.finish() == ""
-            assert files_of(path) == expected, f"after dying at call {calls + 1}"
-        server.prune(path, keep_every=2, drop_clients=["b"])
-        assert server.finish() == ""
-        assert files_of(path) == expected, f"after dying at call {calls + 1}"
-        shutil.rmtree(path)
-        if survived:
-            break
-    assert survived
-    assert calls > 50
-    assert mixed * step > 10
-
-
-@pytest.mark.parametrize("wanted", [10, pytest.param(300, marks=pytest.mark.soak)])
-def test_pruning_that_is_killed_at_random_moments(server, tmp_path, wanted):
-    server.start(tmp_path / "whole", rounds=5)
-    assert server.finish() == ""
-    undisturbed = shutil.copytree(tmp_path / "whole", tmp_path / "undisturbed")
-    server.prune(undisturbed, drop_clients=["a", "d"])
-    assert server.finish() == ""
-    expected = files_of(undisturbed)
-    rng = random.Random(0)
-    for kill in range(wanted):
-        path = shutil.copytree(tmp_path / "whole", tmp_path / str(kill))
-        pid = server.prune(path, drop_clients=["a", "d"])
-        if not select.select([server.process.stdout], [], [], rng.uniform(0.001, 0.03))[0]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        server.finish()
-        server.prune(path, drop_clients=["a", "d"])
-        assert server.finish() == ""
-        assert files_of(path) == expected
-        shutil.rmtree(path)
-
-
-def test_pruning_on_a_full_disk_is_finished_when_there_is_room(server, tmp_path):
-    server.start(tmp_path / "whole", rounds=5)
-    assert server.finish() == ""
-    undisturbed = shutil.copytree(tmp_path / "whole", tmp_path / "undisturbed")
-    server.prune(undisturbed, drop_clients=["b"])
-    assert server.finish() == ""
-    expected = files_of(undisturbed)
-    for room in (0, 1, 100, 30_000, 40_000, 60_000, 150_000):
-        path = shutil.copytree(tmp_path / "whole", tmp_path / str(room))
-        server.prune(path, drop_clients=["b"], room=room)
-        message = server.finish()
-        assert "No space left on device" in message
-        assert "fedlens prune" in message
-        pruned_state(path, "b", 1)
-        server.prune(path, drop_clients=["b"])
-        assert server.finish() == ""
-        assert files_of(path) == expected

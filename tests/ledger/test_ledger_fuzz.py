@@ -11,7 +11,6 @@ import io
 import json
 import os
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from watching import Watch
 
 from fedlens.errors import LedgerError
 from fedlens.ledger import ClientPart, Keep, Ledger, LedgerWriter
@@ -85,40 +85,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str,
         found[kind] = files, content(path)
         assert Ledger(path).verify() == []
     return found
-
-
-class Watch:
-    """What the interpreter's audit hook saw while it was on."""
-
-    def __init__(self) -> None:
-        self.root: str | None = None
-        self.wrong: list[str] = []
-        sys.addaudithook(self._see)  # it stays for the life of the process, and costs nothing while it is off
-
-    def _see(self, event: str, arguments: tuple[object, ...]) -> None:
-        if self.root is None:
-            return
-        if event in ("open", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.link"):
-            for path in arguments[: 2 if event in ("os.rename", "os.link") else 1]:
-                if isinstance(path, str | bytes | os.PathLike):
-                    name = os.path.realpath(os.fsdecode(path))
-                    if not (name + "/").startswith(self.root + "/") and not name.startswith("/proc/"):
-                        self.wrong.append(f"{event} {name}")
-        elif event.startswith(
-            ("pickle.", "subprocess.", "os.system", "os.exec", "os.spawn", "socket.", "ctypes.dlopen")
-        ):
-            self.wrong.append(event)
-        elif event in ("exec", "import", "compile"):
-            self.wrong.append(f"{event} {arguments[0]!r}")
-
-    @contextlib.contextmanager
-    def on(self, root: Path) -> Iterator[None]:
-        self.wrong, self.root = [], str(root.resolve())
-        try:
-            yield
-        finally:
-            self.root = None
-        assert self.wrong == []
 
 
 WATCH = Watch()

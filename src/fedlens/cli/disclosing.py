@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from fedlens.cli.finding import find_computation
+from fedlens.cli.printing import print_json
 from fedlens.compiler.disclosure import disclosure as disclosure_of
 from fedlens.compiler.levels import Level, at_most
 from fedlens.compiler.outputs import Disclosure
@@ -28,7 +27,7 @@ def disclosure(target: str, *, as_json: bool, limit: str | None) -> None:
     highest = None if limit is None else level_of(limit)
     found = disclosure_of(find_computation(target))
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))  # noqa: T201
+        print_json(found.to_dict())
     else:
         print(found)  # noqa: T201
     if highest is not None:

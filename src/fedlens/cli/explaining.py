@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from fedlens.cli.finding import find, hint
+from fedlens.cli.printing import print_json
 from fedlens.errors import ConfigError, LanguageError
 from fedlens.report.plans import explanation_of
 
@@ -26,6 +25,6 @@ def explain(target: str, *, as_json: bool) -> None:
     except LanguageError as error:
         raise ConfigError(f"{str(error).rstrip('.')}, at {target}.{hint(module, name)}") from error
     if as_json:
-        print(json.dumps(explanation.to_dict(), indent=1, ensure_ascii=False))  # noqa: T201
+        print_json(explanation.to_dict())
     else:
         print(explanation)  # noqa: T201

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from fedlens.cli.printing import print_json
 from fedlens.errors import LedgerError
 from fedlens.ledger import Ledger, find_ledgers
 from fedlens.report import summaries, tables
@@ -59,11 +59,6 @@ def export(folder: Path, number: int, client: str, out: Path) -> None:
         raise LedgerError(f"Expected the name of a new file, found one that exists: {out}. Choose another name.")
     ledger.export(number, client, out)
     messages().print(f"Wrote the local model of client {client!r} after round {number} to {out}.")
-
-
-def print_json(value: Any) -> None:
-    """Prints a value as JSON, which has no NaN: null stands for it."""
-    print(json.dumps(summaries.finite(value), indent=1, ensure_ascii=False, allow_nan=False))  # noqa: T201
 
 
 def _show(summary: summaries.Summary, rows: str, as_json: bool, heading: Any = None) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from fedlens.cli.finding import find_computation
+from fedlens.cli.printing import print_json
 from fedlens.compiler.levels import Level
 from fedlens.compiler.taps import Tap
 from fedlens.compiler.taps import taps as taps_of
@@ -29,7 +29,7 @@ def taps(target: str, *, as_json: bool) -> None:
     """
     found = taps_of(find_computation(target))
     if as_json:
-        print(json.dumps([_to_dict(tap) for tap in found], indent=1, ensure_ascii=False))  # noqa: T201
+        print_json([_to_dict(tap) for tap in found])
     else:
         print("\n".join(_lines(found)))  # noqa: T201
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fedlens.cli.inspecting import print_json
+from fedlens.cli.printing import print_json
 from fedlens.ledger import Ledger, Pruned, Usage
 from fedlens.report import tables
 from fedlens.report.consoles import messages, results

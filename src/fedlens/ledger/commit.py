@@ -91,16 +91,15 @@ class RoundWriter:
             self._again += [_from_memory(part) for part in parts]
         elif in_full:
             self._cached.append(target)
-            self._again += self._from_file(target, rows, "local/")
+            self._again += _from_file(target, rows, "local/", self._run, self._global)
         else:
             scratch = folder.scratch_file(self._path, self._number, self._files)
             self._scratch.append(scratch)
             durable.write_file(scratch, self._whole(parts), keep_cached=True)
-            self._again += self._from_file(scratch, rows, "")
+            self._again += _from_file(scratch, rows, "", self._run, self._global)
         self._files += 1
-        # The arrays of what is read from files go with the next collection.
-        kept = rows if held else [replace(each, of=replace(each.of, weights=[])) for each in rows]
-        self._rows += kept
+        # What is read from files again is not held.
+        self._rows += rows if held else [replace(each, of=replace(each.of, weights=[])) for each in rows]
         return held
 
     def mean_update(self) -> list[AnyArray]:
@@ -124,7 +123,6 @@ class RoundWriter:
                 folder.weights_file(self._path, self._number), self._pieces([], Delivery([], self._global))
             )
         rows = self._with_cosines()
-        self._again.clear()  # they hold arrays, and this object, which would wait for the collector of cycles
         self._finish_file()  # now: while cosines were computed, the disk was at work
         for path in self._scratch:
             path.unlink()
@@ -145,7 +143,6 @@ class RoundWriter:
 
     def discard(self) -> None:
         """Removes what was written of a round that will not be committed; what cannot be removed stays torn."""
-        self._again.clear()
         if self._begun is not None:
             durable.forget_file(self._begun)
         files = [folder.weights_file(self._path, self._number, part) for part in range(self._files + 1)]
@@ -269,22 +266,6 @@ class RoundWriter:
             for part in parts:
                 yield tensorfile.as_bytes(np.asarray(part.weights[names[name]]))
 
-    def _from_file(self, path: Path, rows: Sequence[ClientRows], prefix: str) -> list[_Again]:
-        """For each part of a delivery its leaves, from a file that has those of all of them."""
-        starts = np.cumsum([0, *(len(each.of.ids) for each in rows)])
-
-        def again(start: int, clients: int) -> _Again:
-            def blocks(place: int) -> Iterator[tuple[int, AnyArray]]:
-                slot = tensorfile.read_slots(path)[prefix + self._run.leaves[place].name]
-                step = _step(self._global[place])
-                for first in range(0, clients, step):
-                    last = min(first + step, clients)
-                    yield first, tensorfile.read_slot(path, slot, slice(start + first, start + last))
-
-            return blocks
-
-        return [again(int(start), len(each.of.ids)) for start, each in zip(starts, rows, strict=False)]
-
 
 def read_checkpoint(ledger: Path, run: Run, number: int) -> dict[str, AnyArray]:
     """Reads what resuming after round `number` needs, and verifies it.
@@ -306,6 +287,28 @@ def read_checkpoint(ledger: Path, run: Run, number: int) -> dict[str, AnyArray]:
 
 def _from_memory(part: ClientPart) -> _Again:
     return lambda place: iter([(0, np.asarray(part.weights[place]))])
+
+
+def _from_file(
+    path: Path, rows: Sequence[ClientRows], prefix: str, run: Run, global_weights: Sequence[AnyArray]
+) -> list[_Again]:
+    """For each part of a delivery its leaves, from a file that has those of all of them.
+
+    It holds no `RoundWriter`: one that held what holds it would keep its arrays until the next collection of cycles.
+    """
+    starts = np.cumsum([0, *(len(each.of.ids) for each in rows)])
+
+    def again(start: int, clients: int) -> _Again:
+        def blocks(place: int) -> Iterator[tuple[int, AnyArray]]:
+            slot = tensorfile.read_slots(path)[prefix + run.leaves[place].name]
+            step = _step(global_weights[place])
+            for first in range(0, clients, step):
+                last = min(first + step, clients)
+                yield first, tensorfile.read_slot(path, slot, slice(start + first, start + last))
+
+        return blocks
+
+    return [again(int(start), len(each.of.ids)) for start, each in zip(starts, rows, strict=False)]
 
 
 def _step(reference: AnyArray) -> int:
