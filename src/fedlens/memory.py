@@ -1,7 +1,7 @@
 """Host memory at addresses that XLA reads in place; NumPy's own may be copied first, at 1 GB/s.
 
 What is aligned costs a CPU device nothing to take: the columns of a data set are read where they lie, and the memory of
-packed cohorts is used again.
+packed cohorts and of what is written is used again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
+HUGE_PAGE = 2 << 20  # bytes; NumPy asks for such pages where it makes large arrays
+
 _ALIGNMENT = 64  # bytes
 _WORTH_KEEPING = 1 << 20  # bytes
 _KEPT = 4  # pieces of memory of one size
-_spare: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+_spare: defaultdict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
 
 
 def is_aligned(array: np.ndarray) -> bool:
@@ -48,28 +50,28 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """An uninitialised, aligned array."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
-    return _from_aligned(memory, size).view(dtype).reshape(shape)
+    return _from_aligned(memory, size, _ALIGNMENT).view(dtype).reshape(shape)
 
 
-def reused(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An uninitialised, aligned array for a while.
+def reused(shape: tuple[int, ...], dtype: np.dtype[Any], alignment: int = _ALIGNMENT) -> np.ndarray:
+    """An uninitialised array for a while, whose address is a multiple of `alignment` bytes.
 
     A large one takes the memory of an earlier one that nobody holds any more: fresh memory costs a page fault every
     4 KiB, which took as long as filling it.
     """
     size = math.prod(shape) * dtype.itemsize
-    spare = _spare[size]
-    memory = spare.pop() if spare else np.empty(size + _ALIGNMENT, np.uint8)
+    spare = _spare[size, alignment]
+    memory = spare.pop() if spare else np.empty(size + alignment, np.uint8)
     # Every view, and what JAX takes without a copy, holds `owner`: NumPy looks for the owner of memory up to the first
     # object that is no array, here a memoryview. Its end is therefore the moment when nobody can read the memory.
     owner = np.frombuffer(memoryview(memory), np.uint8)
     if size >= _WORTH_KEEPING:
         weakref.finalize(owner, _give_back, spare, memory).atexit = False
-    return _from_aligned(owner, size).view(dtype).reshape(shape)
+    return _from_aligned(owner, size, alignment).view(dtype).reshape(shape)
 
 
-def _from_aligned(memory: np.ndarray, size: int) -> np.ndarray:
-    start = -memory.ctypes.data % _ALIGNMENT
+def _from_aligned(memory: np.ndarray, size: int, alignment: int) -> np.ndarray:
+    start = -memory.ctypes.data % alignment
     return memory[start : start + size]
 
 

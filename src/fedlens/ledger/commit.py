@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import durable, encodings, folder, measure, table, tensorfile
+from fedlens.ledger import checksums, durable, encodings, folder, measure, table, tensorfile
 from fedlens.ledger.delivery import Delivery
 from fedlens.ledger.format import Run
 from fedlens.ledger.measure import PerRow
@@ -59,7 +59,7 @@ class RoundWriter:
         self._scratch: list[Path] = []
         self._cached: list[Path] = []
         self._begun: durable.Begun | None = None  # the last file of weights
-        self._total = [np.zeros(measure.width(leaf)) for leaf in self._global]
+        self._total: list[AnyArray] = []  # the weighted sum of the updates, leaf by leaf; none before the first file
         self._weight = 0.0
         self._products: PerRow | None = None  # of each client's update and the sum of all; None if not known
 
@@ -79,12 +79,14 @@ class RoundWriter:
         )
         target = folder.weights_file(self._path, self._number, self._files)
         self._finish_file()
-        pieces = self._pieces(rows, delivery)
-        self._begun = durable.begin_file(target, pieces, keep_cached=in_full and not held)
-        delivery.leave_out_nonfinite()
+        with delivery.measured():
+            self._begun = durable.begin_file(target, self._pieces(rows), keep_cached=in_full and not held)
         self._products = delivery.products if self._files == 0 else None
-        for total, of_delivery in zip(self._total, delivery.sums, strict=True):
-            total += of_delivery
+        if self._files == 0:
+            self._total = delivery.sums
+        else:
+            for total, of_delivery in zip(self._total, delivery.sums, strict=True):
+                total += of_delivery
         self._weight += float(delivery.weights.sum())
         if held:
             self._held += size
@@ -107,8 +109,10 @@ class RoundWriter:
 
         Weighted by examples, without the clients whose update is not finite; zero if nobody is left.
         """
+        if not self._weight:
+            return [np.zeros(measure.width(leaf)) for leaf in self._global]
         with np.errstate(all="ignore"):
-            return [total / self._weight if self._weight else np.zeros_like(total) for total in self._total]
+            return [total / self._weight for total in self._total]
 
     def commit(
         self, metrics: Mapping[str, float], checkpoint: Mapping[str, AnyArray], dropped: Collection[str]
@@ -119,9 +123,7 @@ class RoundWriter:
           OSError: what the operating system reports; the round may then be torn.
         """
         if not self._files:
-            durable.write_file(
-                folder.weights_file(self._path, self._number), self._pieces([], Delivery([], self._global))
-            )
+            durable.write_file(folder.weights_file(self._path, self._number), self._pieces([]))
         rows = self._with_cosines()
         self._finish_file()  # now: while cosines were computed, the disk was at work
         for path in self._scratch:
@@ -134,8 +136,8 @@ class RoundWriter:
         summary = table.RoundSummary(
             self._number,
             metrics,
-            {leaf.name: _checksum(array) for leaf, array in zip(self._run.leaves, self._global, strict=True)},
-            {name: _checksum(array) for name, array in checkpoint.items()},
+            {leaf.name: checksums.of_array(array) for leaf, array in zip(self._run.leaves, self._global, strict=True)},
+            {name: checksums.of_array(array) for name, array in checkpoint.items()},
         )
         clients = table.build_table(rows, self._run.leaves, frozenset(dropped), summary)
         durable.replace_file(folder.clients_file(self._path, self._number), [table.to_parquet(clients)])
@@ -180,8 +182,8 @@ class RoundWriter:
             np.full(len(part.ids), np.nan),
         )
 
-    def _pieces(self, rows: Sequence[ClientRows], delivery: Delivery) -> Iterator[Any]:
-        """The pieces of a weights file; measures each leaf before it passes."""
+    def _pieces(self, rows: Sequence[ClientRows]) -> Iterator[Any]:
+        """The pieces of a weights file."""
         count = 0
         for each in rows:
             kept = each.row != NOT_KEPT
@@ -202,19 +204,16 @@ class RoundWriter:
             if name.startswith("global/"):
                 yield tensorfile.as_bytes(self._global[places[name]])
             else:
-                delivery.measure(places[name])
                 for each in rows:
                     yield from self._stored(each, places[name])
-        for place, leaf in enumerate(leaves):
-            if f"local/{leaf.name}" not in tensors:
-                delivery.measure(place)
 
     def _stored(self, rows: ClientRows, place: int) -> Iterator[Any]:
         """The bytes of one leaf of those clients who are stored, block by block."""
         leaf, reference = self._run.leaves[place], self._global[place]
         array = np.asarray(rows.of.weights[place])
         stored = np.flatnonzero(rows.stored[:, place])
-        step = _step(reference)
+        is_whole = leaf.encoding == encodings.RAW and len(stored) == len(array)
+        step = max(1, len(stored)) if is_whole else _step(reference)
         for first in range(0, len(stored), step):
             chosen = stored[first : first + step]
             start, stop = int(chosen[0]), int(chosen[-1]) + 1
@@ -224,11 +223,11 @@ class RoundWriter:
             except encodings.EncodingError as error:
                 client = rows.of.ids[chosen[error.row]]
                 raise LedgerError(f"{error} In leaf {leaf.name!r} of client {client!r}.") from None
-            content = tensorfile.as_bytes(encoded)
-            rows.checksums[chosen, place] = measure.checksums(content.reshape(len(chosen), -1))
             if scales is not None:
                 rows.scales[chosen, place] = scales
-            yield content
+            of_clients = np.zeros(len(chosen), np.uint32)
+            yield from checksums.passed_on(tensorfile.as_bytes(encoded).reshape(len(chosen), -1), of_clients)
+            rows.checksums[chosen, place] = of_clients
 
     def _with_cosines(self) -> list[ClientRows]:
         """The rows with the cosine of each client's update and the mean update."""
@@ -280,7 +279,7 @@ def read_checkpoint(ledger: Path, run: Run, number: int) -> dict[str, AnyArray]:
     if set(arrays) != set(expected):
         raise LedgerError(f"Expected {sorted(expected)}, found {sorted(arrays)}, in {path}. Restore it from a copy.")
     for name, array in arrays.items():
-        if _checksum(array) != expected[name]:
+        if checksums.of_array(array) != expected[name]:
             raise LedgerError(f"Expected the bytes that were written, found others, in {name!r} of {path}.")
     return {name: arrays[name] for name in expected}
 
@@ -314,7 +313,3 @@ def _from_file(
 def _step(reference: AnyArray) -> int:
     """How many clients' rows of a leaf make a block: a power of two."""
     return 1 << max(0, (_BLOCK // max(1, reference.nbytes)).bit_length() - 1)
-
-
-def _checksum(array: AnyArray) -> int:
-    return int(measure.checksums(tensorfile.as_bytes(np.asarray(array))[None])[0])

@@ -1,11 +1,17 @@
-"""Clients that are handed over together, and what is measured of all of them before they are written.
+"""Clients that are handed over together, and what is measured of all of them while they are written.
 
 Whose devices computed them makes no difference to what is measured: the parts of a delivery are walked over together.
+
+They are measured on a thread beside the one that writes. It is as much work, but it takes its time from two cores
+evenly: devices wait for each other at the end of a round, so what one thread takes from one of them, the round takes
+longer.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float64
@@ -14,10 +20,11 @@ from fedlens.ledger import measure
 from fedlens.ledger.measure import Clients, PerRow
 from fedlens.ledger.records import ClientPart
 from fedlens.ledger.tensorfile import AnyArray
+from fedlens.memory import reused
 
 
 class Delivery:
-    """The parts of one delivery; `measure` each leaf once, then `leave_out_nonfinite`.
+    """The parts of one delivery; what is measured of them holds at the end of `measured`.
 
     Attributes:
       parts: the clients, in the order in which they are stored.
@@ -33,22 +40,36 @@ class Delivery:
         self.parts = parts
         self.weights: PerRow = np.concatenate([np.zeros(0), *(np.asarray(part.num_examples) for part in parts)])
         self.squares: Float64[np.ndarray, "clients leaves"] = np.zeros((len(self.weights), len(global_weights)))
-        self.sums = [np.zeros(measure.width(leaf)) for leaf in global_weights]
+        self.sums = [_zeros(measure.width(leaf)) for leaf in global_weights]
         self.products = np.zeros(len(self.weights)) if len(self.weights) <= measure.TOGETHER else None
         self._global = global_weights
 
-    def measure(self, place: int) -> None:
-        """Measures the leaf at `place` of all clients."""
-        stacks = [np.asarray(part.weights[place]) for part in self.parts]
-        for rows, together in _together(stacks):
-            squares, products = self.squares[rows, place], None if self.products is None else self.products[rows]
-            measure.measure(together, self._global[place], self.weights[rows], squares, self.sums[place], products)
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measures all leaves while the body runs, which must not read what is measured."""
+        with ThreadPoolExecutor(1, "fedlens-ledger-measure") as beside:
+            try:
+                measuring = beside.submit(self._measure)
+            except RuntimeError:  # the interpreter is about to end, which starts no more threads
+                self._measure()
+                yield
+            else:
+                yield
+                measuring.result()
+        self._leave_out_nonfinite()
 
     def squares_by_part(self) -> list[Float64[np.ndarray, "clients leaves"]]:
         """`squares` of the clients of each part: views."""
         return np.split(self.squares, np.cumsum([len(part.ids) for part in self.parts]))[:-1]
 
-    def leave_out_nonfinite(self) -> None:
+    def _measure(self) -> None:
+        for place, (reference, total) in enumerate(zip(self._global, self.sums, strict=True)):
+            stacks = [np.asarray(part.weights[place]) for part in self.parts]
+            for rows, together in _together(stacks):
+                squares, products = self.squares[rows, place], None if self.products is None else self.products[rows]
+                measure.measure(together, reference, self.weights[rows], squares, total, products)
+
+    def _leave_out_nonfinite(self) -> None:
         """Takes the clients that are not finite out of the sums, which are taken again if there are any."""
         finite = np.isfinite(self.squares.sum(axis=1))
         if finite.all():
@@ -65,6 +86,13 @@ class Delivery:
                     local, weights = np.asarray(part.weights[place])[chosen], self.weights[start + chosen]
                     measure.measure([local], reference, weights, np.zeros(len(chosen)), total)
                 start += len(part.ids)
+
+
+def _zeros(size: int) -> Float64[np.ndarray, " numbers"]:
+    """Zeros in memory that was used before, as `np.zeros` are not: they cost a page fault every 4 KiB."""
+    array = reused((size,), np.dtype(np.float64))
+    array[:] = 0
+    return array
 
 
 def _together(stacks: Sequence[Clients]) -> Iterator[tuple[slice, list[Clients]]]:

@@ -7,7 +7,6 @@ error is noted, not raised: one flipped byte should not hide the next.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import encodings, folder, measure, removals, rewrite, table, tensorfile
+from fedlens.ledger import checksums, encodings, folder, removals, rewrite, table, tensorfile
 from fedlens.ledger.catalogue import Catalogue, table_name
 from fedlens.ledger.format import Leaf, Run
 from fedlens.ledger.removals import CLIENTS, ROUNDS, Removal
@@ -171,7 +170,7 @@ def _verify_global(this: _Round, clients: pa.Table, slots: Mapping[str, Slot]) -
             continue
         array = np.empty(slot.size, np.uint8)
         wrong = this.reading.read(this.file(0), slot.start, array)
-        if wrong or zlib.crc32(array) != expected.get(leaf.name):
+        if wrong or checksums.of_array(array) != expected.get(leaf.name):
             yield this.damage(this.file(0), wrong or _OTHER_BYTES, None, leaf.name)
 
 
@@ -183,7 +182,7 @@ def _verify_local(
     file, ids, rows = this.file(part), clients.column("client"), clients.column("row").to_numpy()
     facts = clients.column("leaves").combine_chunks().flatten()[place :: len(this.run.leaves)]
     known = facts.field("checksum").is_valid().to_numpy(zero_copy_only=False)
-    checksums = facts.field("checksum").fill_null(0).to_numpy(zero_copy_only=False)
+    recorded = facts.field("checksum").fill_null(0).to_numpy(zero_copy_only=False)
     here = here[known[here]]
     here = here[np.argsort(rows[here])]
     if not len(here):
@@ -202,8 +201,8 @@ def _verify_local(
             continue
         array = np.empty((int(rows[inside[-1]]) + 1 - first, width), np.uint8)
         wrong = this.reading.read(file, slot.start + first * width, array)
-        found = measure.checksums(array)[rows[inside] - first]
-        for client in inside[(found != checksums[inside]) | bool(wrong)]:
+        found = checksums.of_rows(array)[rows[inside] - first]
+        for client in inside[(found != recorded[inside]) | bool(wrong)]:
             yield this.damage(file, wrong or _OTHER_BYTES, ids[int(client)].as_py(), leaf.name)
     if leaf.encoding == encodings.INT8_DELTA:
         scaled = facts.field("scale").is_valid().to_numpy(zero_copy_only=False)
@@ -227,7 +226,7 @@ def _verify_checkpoint(reading: _Reading, run: Run, catalogue: Catalogue, number
     for name, slot in slots.items():
         array = np.empty(slot.size, np.uint8)
         wrong = reading.read(file, slot.start, array)
-        if wrong or zlib.crc32(array) != expected[name]:
+        if wrong or checksums.of_array(array) != expected[name]:
             yield this.damage(file, wrong or f"{_OTHER_BYTES}, in array {name!r}")
 
 

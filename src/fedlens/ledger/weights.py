@@ -8,7 +8,6 @@ nothing else of a file is touched but its header.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Int
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import encodings, folder, measure, tensorfile
+from fedlens.ledger import checksums, encodings, folder, tensorfile
 from fedlens.ledger.format import Leaf, NotInLedgerError, Run
 from fedlens.ledger.measure import Clients
 from fedlens.ledger.storage import Piece, Store
@@ -48,11 +47,11 @@ class RoundWeights:
         self._global_checksums = global_checksums
         shape = (len(clients), len(run.leaves))
         facts = clients.column("leaves").combine_chunks().flatten()
-        checksums, scales = facts.field("checksum"), facts.field("scale")
-        self._checksums = checksums.fill_null(0).to_numpy(zero_copy_only=False).reshape(shape)
+        recorded, scales = facts.field("checksum"), facts.field("scale")
+        self._checksums = recorded.fill_null(0).to_numpy(zero_copy_only=False).reshape(shape)
         self._scales = scales.fill_null(math.nan).to_numpy(zero_copy_only=False).reshape(shape)
         self._scaled = scales.is_valid().to_numpy(zero_copy_only=False).reshape(shape)
-        known = checksums.is_valid().to_numpy(zero_copy_only=False).reshape(shape)
+        known = recorded.is_valid().to_numpy(zero_copy_only=False).reshape(shape)
         self.stored: Bool[np.ndarray, "clients leaves"] = known & (self._parts != NOT_KEPT)[:, None]
         self._slots: dict[int, Mapping[str, Slot]] = {}
         self._references: dict[int, AnyArray] = {}
@@ -77,7 +76,7 @@ class RoundWeights:
             ]
         )
         for leaf, array in zip(chosen, arrays, strict=True):
-            if zlib.crc32(memory_of(array)) != self._global_checksums.get(leaf.name):
+            if checksums.of_array(array) != self._global_checksums.get(leaf.name):
                 raise self._damaged(f"leaf {leaf.name!r} of the global model", 0)
         return arrays
 
@@ -102,7 +101,7 @@ class RoundWeights:
         for array, targets, rows in scattered:
             array[targets] = rows
         for place, array in zip(leaves, arrays, strict=True):
-            wrong = np.flatnonzero(measure.checksums(array) != self._checksums[clients, place])
+            wrong = np.flatnonzero(checksums.of_rows(array) != self._checksums[clients, place])
             if len(wrong):
                 client = int(clients[wrong[0]])
                 raise self._damaged(
