@@ -158,7 +158,7 @@ def process(data):
 
 
 def test_a_cohort_in_chunks_is_stored_as_it_was_computed(process, data, tmp_path, monkeypatch, stored_models_of):
-    monkeypatch.setattr(engine, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(engine, "_COMPUTED_BYTES", 1000)
     fed.run(process, data, rounds=2, ledger=tmp_path / "run", progress=False)
     state, _, local_models = process.with_local_models().next(process.initialize(0), data.cohort(0))
     models = stored_models_of(tmp_path / "run", 0)
@@ -174,7 +174,7 @@ def test_a_cohort_in_chunks_is_stored_as_it_was_computed(process, data, tmp_path
 
 
 def test_a_chunk_that_is_not_finite_leaves_the_rounds_before(process, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(engine, "_COMPUTED_BYTES", 1)
     with pytest.raises(ZeroDivisionError):
         fed.run(process, data, rounds=3, ledger=tmp_path / "run", progress=False, on_round=lambda report: 1 // 0)
     broken = {client: {"x": np.ones((2, 3), np.float32), "y": np.zeros(2, np.int32)} for client in data.ids}

@@ -27,7 +27,7 @@ def cohort():
 @pytest.mark.parametrize("clients_in_a_chunk", [None, 45], ids=["one chunk", "several chunks"])
 def test_a_tap_leaves_a_sum_as_it_is(cohort, monkeypatch, devices, clients_in_a_chunk):
     if clients_in_a_chunk is not None:
-        monkeypatch.setattr(engine, "_CHUNK_BYTES", clients_in_a_chunk * 2 * 4 * LENGTH)
+        monkeypatch.setattr(engine, "_COMPUTED_BYTES", clients_in_a_chunk * 4 * LENGTH)
     with fed.use(Local(jax.local_devices()[:devices])):
         alone = total(cohort)
         beside, _ = fed.tap(total, "map.0")(cohort)
