@@ -65,7 +65,7 @@ class Step:
             return list(self.operand.items())[index][1]
         return framework.Selection(self.operand, index=index)
 
-    @property
+    @cached_property
     def is_lazy(self) -> bool:
         """Whether it makes a sequence, which is computed when and where it is folded."""
         return contains_sequence(self.type)

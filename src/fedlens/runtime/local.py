@@ -176,13 +176,14 @@ class Local:
         """Runs a server stage as one program, or without one if it only moves values; see `Engine.run_server`."""
         if parts := segments(stage):
             return run_server_segments(self, parts, stage, environment)
-        if any(step.is_lazy and step.name in stage.outputs for step in stage.body):
-            with jax.enable_x64(True):  # a sequence cannot leave a program; it is computed when its elements are read
-                return evaluate_stage(stage, environment, eager)
-        if not any(calls_local_computation(step) for step in stage.body):
-            return evaluate_stage(stage, environment, inline)
         program = self._programs.get(stage)
         if program is None:
+            if any(step.is_lazy and step.name in stage.outputs for step in stage.body):
+                # A sequence cannot leave a program; it is computed when its elements are read.
+                with jax.enable_x64(True):
+                    return evaluate_stage(stage, environment, eager)
+            if not any(calls_local_computation(step) for step in stage.body):
+                return evaluate_stage(stage, environment, inline)
             own = replace(stage)  # a program that held its own key would never be forgotten
             program = self._programs[stage] = jax.jit(lambda values: evaluate_stage(own, values, inline))
         with jax.enable_x64(True), lowered_for_cpu():
