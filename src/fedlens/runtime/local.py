@@ -68,6 +68,8 @@ class Local:
         self._by_device = NamedSharding(self._mesh, PartitionSpec(AXIS))
         self._in_place = all(device.platform == "cpu" for device in self.devices)
         self._one_by_one: WeakSet[ClientStage] = WeakSet()  # stages that cannot be computed side by side
+        # Whether what is reduced holds sequences, and its bytes: asked in every round, before the devices have work.
+        self._sends: WeakKeyDictionary[ClientStage, tuple[bool, int]] = WeakKeyDictionary()
         self._programs: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         convolution.install()
         pooling.install()
@@ -95,13 +97,17 @@ class Local:
 
     def _group(self, stage: ClientStage, cohort: StageCohort) -> int:
         """How many clients a device computes side by side: several if there are many and what each gives is tiny."""
-        if any(contains_sequence(reductions.sent_type(step)) for step in stage.reductions):
+        if stage not in self._sends:
+            sent = [reductions.sent_type(step) for step in stage.reductions]
+            # By what is reduced alone if anything is: what is handed out beside it must not change the order of a sum.
+            size = sum(map(num_bytes, sent or stage.output_types))
+            self._sends[stage] = any(map(contains_sequence, sent)), size
+        has_sequences, size = self._sends[stage]
+        if has_sequences:
             return 1  # a group would hold the rows of all clients once for each of its own
         if self.clients_per_step is not None:
             return self.clients_per_step
-        # By what is reduced alone if anything is: what is handed out beside it must not change the order of a sum.
-        values = [reductions.sent_type(step) for step in stage.reductions] or list(stage.output_types)
-        if stage in self._one_by_one or sum(map(num_bytes, values)) > _TINY:
+        if stage in self._one_by_one or size > _TINY:
             return 1
         return _GROUP if len(cohort.chunks(stage)[0]) >= _MANY * len(self.devices) else 1
 

@@ -34,7 +34,8 @@ def on_all_devices(values: Any, sharding: NamedSharding) -> Any:
         for number, leaf in enumerate(replicas)
         if not isinstance(leaf, jax.Array) or leaf.sharding != sharding or leaf.is_deleted()
     ]
-    # Whatever is missing in one call: each costs 0.1 ms.
-    for number, leaf in zip(missing, jax.device_put([leaves[number] for number in missing], sharding), strict=True):
-        replicas[number] = leaf
+    if missing:  # in one call: each costs 0.1 ms, one for nothing too
+        copies = jax.device_put([leaves[number] for number in missing], sharding)
+        for number, copy in zip(missing, copies, strict=True):
+            replicas[number] = copy
     return jax.tree.unflatten(structure, replicas)
