@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedlens.memory import aligned, in_place, is_aligned, reused, taken
+from fedlens.memory import HUGE_PAGE, aligned, in_place, is_aligned, reused, taken
 
 SHAPE = (3, 1 << 20)  # a size that no other test uses
 
@@ -58,6 +58,13 @@ def test_in_place_copies_only_what_must_be():
         copy = in_place(lies_badly)
         assert is_aligned(copy)
         assert np.array_equal(copy, lies_badly_values, equal_nan=True)
+
+
+def test_reused_memory_lies_as_asked():
+    for alignment in (64, HUGE_PAGE):
+        found = reused((3, 1 << 18), np.dtype(np.float32), alignment)
+        assert found.ctypes.data % alignment == 0
+        assert (found.shape, found.dtype) == ((3, 1 << 18), np.float32)
 
 
 def test_a_mapped_file_is_not_copied(tmp_path):

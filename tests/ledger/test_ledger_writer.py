@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord, commit, handover
+from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord, commit, handover, measure
 
 SMALL = np.zeros(2, np.float32)
 
@@ -229,6 +231,38 @@ def test_a_failure_beside_another_exception_is_noted_on_it(make_writer, make_rou
         writer.record(make_round(0))
         raise ZeroDivisionError
     assert "write round 0" in caught.value.__notes__[0]
+
+
+def test_a_failure_in_measuring_is_one_of_the_round(make_writer, make_round, monkeypatch):
+    writer = make_writer()
+    writer.record(make_round(0))
+    writer.close()
+    writer = LedgerWriter.open(writer.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "measure", lambda *_: 1 / 0)
+        writer.record(make_round(1))
+        with pytest.raises(LedgerError, match=r"write round 1, found: ZeroDivisionError"):
+            writer.close()
+    assert Ledger(writer.path).rounds == [0]
+
+
+def test_what_was_handed_over_is_committed_when_the_program_ends_without_closing(tmp_path):
+    program = """
+import sys
+import numpy as np
+from fedlens.ledger import ClientPart, LedgerWriter, RoundRecord
+
+weights = np.zeros(100_000, np.float32)
+writer = LedgerWriter.create(sys.argv[1], weights={"w": weights}, config={}, rounds=9)
+for number in range(9):
+    part = ClientPart(("ann",), np.array([0]), [weights[None] + number], np.array([1]), {})
+    writer.record(RoundRecord(number, [weights], [part], {}, {}))
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], check=True, timeout=120)
+    ledger = Ledger(tmp_path / "run")
+    assert ledger.rounds == list(range(9))
+    assert ledger.round(8)["ann"].weights["w"][0] == 8
+    assert ledger.round(8)["ann"].update_norm == pytest.approx(8 * np.sqrt(100_000))
 
 
 def test_a_disk_that_is_full_at_the_start(monkeypatch, tmp_path):
