@@ -158,7 +158,7 @@ def process(data):
 
 
 def test_a_cohort_in_chunks_is_stored_as_it_was_computed(process, data, tmp_path, monkeypatch, stored_models_of):
-    monkeypatch.setattr(engine, "_COMPUTED_BYTES", 1000)
+    monkeypatch.setattr(engine, "_COMPUTED_BYTES", 300)
     fed.run(process, data, rounds=2, ledger=tmp_path / "run", progress=False)
     state, _, local_models = process.with_local_models().next(process.initialize(0), data.cohort(0))
     models = stored_models_of(tmp_path / "run", 0)
