@@ -19,6 +19,7 @@ from fedlens.language import Sequence
 from fedlens.learning.metrics import EXAMPLES, zero_sums
 from fedlens.learning.models import INPUT, TARGET, Model
 from fedlens.learning.randomness import as_key
+from fedlens.runtime.late_products import products_last
 
 
 class ClientResult(NamedTuple):
@@ -89,7 +90,7 @@ def local_training(
 
         def epoch(number: Int[Array, ""] | int, state: Any) -> Any:
             shuffled = batches.shuffle(jax.random.fold_in(shuffle_key, number)) if shuffle else batches
-            return shuffled.reduce(state, step)
+            return shuffled.reduce(state, products_last(step))
 
         state = (global_weights, optimizer.init(global_weights), zero_sums(model.metrics), jnp.int32(0))
         state = epoch(0, state) if epochs == 1 else lax.fori_loop(0, epochs, epoch, state)

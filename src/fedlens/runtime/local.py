@@ -31,7 +31,7 @@ from fedlens.runtime.devices import compute_devices
 from fedlens.runtime.engine import OnNonFinite, Sink, StageCohort, StageResult, check_finite, to_host
 from fedlens.runtime.host import run_segments, run_server_segments
 from fedlens.runtime.interpreter import calls_local_computation, eager, evaluate_stage, inline
-from fedlens.runtime.lowering import lowered_for_cpu
+from fedlens.runtime.lowering import cpu_options, lowered_for_cpu
 from fedlens.runtime.replicas import on_all_devices
 from fedlens.runtime.rows import RowMemory
 from fedlens.runtime.sequences import without_python_lengths
@@ -67,6 +67,7 @@ class Local:
         self._everywhere = NamedSharding(self._mesh, PartitionSpec())
         self._by_device = NamedSharding(self._mesh, PartitionSpec(AXIS))
         self._in_place = all(device.platform == "cpu" for device in self.devices)
+        self._compiler_options = cpu_options() if self._in_place else None
         self._one_by_one: WeakSet[ClientStage] = WeakSet()  # stages that cannot be computed side by side
         # Whether what is reduced holds sequences, and its bytes: asked in every round, before the devices have work.
         self._sends: WeakKeyDictionary[ClientStage, tuple[bool, int]] = WeakKeyDictionary()
@@ -202,7 +203,10 @@ class Local:
         if programs is None:
             own = replace(stage)  # as in run_server
             run_chunk = jax.jit(
-                partial(chunk_program.run_chunk, own, self._mesh), static_argnums=(0, 1, 2, 6, 7), donate_argnums=8
+                partial(chunk_program.run_chunk, own, self._mesh),
+                static_argnums=(0, 1, 2, 6, 7),
+                donate_argnums=8,
+                compiler_options=self._compiler_options,
             )
             memory = RowMemory(own, self._by_device, self._in_place)
             programs = self._programs[stage] = run_chunk, _Finish(own), memory

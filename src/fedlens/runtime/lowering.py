@@ -7,6 +7,7 @@ gradients and batched operations are primitives again. What the rules compute is
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from jax.interpreters import mlir
 # Local to the thread, and part of the key of every cache of jit, which a ContextVar is not: a function compiled inside
 # `lowered_for_cpu` is compiled again outside, and the other way round.
 _active = jax.make_user_context(default_value=None)
+
+_VECTORS = "xla_cpu_prefer_vector_width"
 
 _Rule = Callable[..., Sequence[Any]]
 _registering = threading.Lock()
@@ -38,6 +41,15 @@ def lowered_for_cpu() -> Iterator[None]:
     """
     with _active(True):
         yield
+
+
+def cpu_options() -> dict[str, Any]:
+    """How fedlens's programs for clients are compiled for CPU: with vectors as long as the processor has them.
+
+    XLA stops at 256 bits, as processors slowed down once on longer ones. With 512, W4 takes a tenth less time, W2 a
+    twentieth. Whoever sets the flag in `XLA_FLAGS` keeps what they set.
+    """
+    return {} if _VECTORS in os.environ.get("XLA_FLAGS", "") else {_VECTORS: 512}
 
 
 def register(

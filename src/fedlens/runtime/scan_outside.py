@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
-from fedlens.runtime.scan_body import PRODUCT, Body, Operation, needed
+from fedlens.runtime.scan_body import Body
 from fedlens.runtime.scan_plan import Plan
 from fedlens.runtime.scan_sums import Sum
+from fedlens.runtime.traced import PRODUCT, Operation, needed
 
 
 def rewritten(

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from fedlens.runtime.scan_body import PRODUCT, Body, Knowledge, Operation, needed
+from fedlens.runtime.scan_body import Body, Knowledge
 from fedlens.runtime.scan_sums import Sum, added, sum_of
+from fedlens.runtime.traced import PRODUCT, Operation, needed
 
 SHORTEST = 4
 """Loops of fewer steps stay as they are."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from fedlens.runtime.scan_body import PRODUCT, Knowledge, Operation
+from fedlens.runtime.scan_body import Knowledge
+from fedlens.runtime.traced import PRODUCT, Operation
 
 _SUMS = ("add", "add_any")
 # Linear, and blind to what the numbers are.
