@@ -63,6 +63,12 @@ def test_a_ledger_changes_no_bit(averaging, data, captured):
     assert plain.history == finished.history
 
 
+def test_a_second_run_with_a_ledger_compiles_nothing(averaging, data, captured, tmp_path, compilations):
+    with compilations() as found:
+        fed.run(averaging, data, rounds=ROUNDS, ledger=tmp_path / "again", progress=False)
+    assert found == []
+
+
 def test_the_loop_is_process_next(averaging, data, captured):
     state, history = averaging.initialize(0), []
     for number in range(ROUNDS):

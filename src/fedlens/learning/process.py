@@ -8,7 +8,7 @@ else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,8 @@ class LearningProcess:
     next_computation: framework.ConcreteComputation
     on_nonfinite: OnNonFinite = "raise"
     capture: Capture | None = None
+    # Made once, so that a second run compiles nothing: whether a bypass was allowed -> the process.
+    _tapped: dict[bool, LearningProcess] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def hands_out_local_models(self) -> bool:
@@ -124,11 +126,13 @@ class LearningProcess:
           DisclosureError: the local models are protected, and `allow_bypass` is False.
         """
         if self.capture is not None:
-            return self  # and keep what is compiled
-        state_type = self.next_computation.type_signature.parameter[0].member
-        capture = capture_of(self.next_computation, field_of_type(state_type, WEIGHTS))
-        tapped = tap(self.next_computation, capture.names, allow_bypass=allow_bypass)
-        return replace(self, next_computation=tapped, capture=capture)
+            return self
+        if allow_bypass not in self._tapped:
+            state_type = self.next_computation.type_signature.parameter[0].member
+            capture = capture_of(self.next_computation, field_of_type(state_type, WEIGHTS))
+            tapped = tap(self.next_computation, capture.names, allow_bypass=allow_bypass)
+            self._tapped[allow_bypass] = replace(self, next_computation=tapped, capture=capture)
+        return self._tapped[allow_bypass]
 
     def get_model_weights(self, state: Any) -> Any:
         """The global model of a state."""

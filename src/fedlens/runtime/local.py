@@ -122,7 +122,7 @@ class Local:
         group: int,
     ) -> StageResult:
         run_chunk, finish, memory = self._client_programs(stage)
-        outputs: dict[str, list[Part]] = {name: [] for name in stage.outputs}
+        outputs: dict[str, list[Part]] = {name: [] for name in stage.outputs} if sink is None else {}
         dropped: list[np.ndarray] = []
         total: Any = None
         computing: tuple[list[Share], Any, Callable[..., Any], bool] | None = None
@@ -173,11 +173,10 @@ class Local:
                     take(*computing)
                 checks.refuse_unfit(stage, {name: to_host(flags) for name, flags in fits.items()})
 
-        if sink is None and on_nonfinite != "drop":
+        if on_nonfinite != "drop":
             return StageResult(results, outputs, np.zeros(0, np.int64), confirm)
         confirm()
-        positions = np.concatenate([np.zeros(0, np.int64), *dropped])
-        return StageResult(results, {} if sink is not None else outputs, positions)
+        return StageResult(results, outputs, np.concatenate([np.zeros(0, np.int64), *dropped]))
 
     def run_server(self, stage: ServerStage, environment: Mapping[str, Any]) -> dict[str, Any]:
         """Runs a server stage as one program, or without one if it only moves values; see `Engine.run_server`."""
