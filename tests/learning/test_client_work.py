@@ -10,7 +10,9 @@ import pytest
 
 import fedlens as fed
 from fedlens.data import FederatedData
+from fedlens.language.sequence import SequenceLayout
 from fedlens.learning import build_weighted_fed_avg
+from fedlens.learning.client_work import local_training
 
 CLIENTS, EPOCHS, EXAMPLES = 40, 2, 3
 STEPS = EPOCHS * EXAMPLES
@@ -56,3 +58,16 @@ def test_every_step_draws_its_own_noise(digits):
     assert len(np.unique(noise, axis=0)) == CLIENTS
     for earlier, later in itertools.combinations(range(STEPS), 2):
         assert (noise[:, earlier] == noise[:, later]).mean() < 0.5  # one in nine
+
+
+@pytest.mark.parametrize(("examples", "products"), [(8, 1), (16, 2)])
+def test_over_few_examples_the_gradient_of_a_kernel_is_no_product(logistic, examples, products):
+    layout = SequenceLayout(fed.batch_type(logistic.inputs, examples), examples, masked=True, max_rows=32)
+
+    def trained(weights, key, x, y):
+        batches = fed.Sequence((x, y), 0, np.int32(32), None, layout)
+        return local_training(logistic, optax.sgd(0.1), epochs=1, shuffle=False)(weights, key, batches).weights
+
+    weights = logistic.init(jax.random.key(0))
+    text = str(jax.make_jaxpr(trained)(weights, jnp.zeros(2, jnp.uint32), jnp.zeros((32, 4)), jnp.zeros(32, jnp.int32)))
+    assert text.count("dot_general") == products  # forwards; and the gradient, if it is one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import lax
 from lowered import assert_close, drawn
 
 from fedlens.runtime.late_products import MAX_TERMS, products_last
+from fedlens.runtime.lowering import cpu_options
 
 SIZES = (12, 9, 7)
 OPTIMIZERS = {
@@ -127,6 +129,28 @@ def test_kernels_of_any_number_of_axes_contracted_along_any(examples, inputs, ou
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_products_of_the_optimizer_stay_where_they_are():
+    def step(kernel, x):
+        gradient = lax.optimization_barrier(x.T @ x)
+        return kernel - 0.1 * (jnp.sin(gradient) @ jnp.cos(gradient))  # of three terms, from what is behind the barrier
+
+    kernel, x = drawn(3, 3), drawn(2, 3)
+    assert number_of_products(products_last(step), kernel, x) == 2
+    np.testing.assert_array_equal(jax.jit(products_last(step))(kernel, x), jax.jit(step)(kernel, x))
+
+
+def test_without_the_barrier_or_with_two_a_step_stays_as_it_is():
+    def step(kernel, x, barriers):
+        gradient = x.T @ x
+        for _ in range(barriers):
+            gradient = lax.optimization_barrier(gradient)
+        return kernel - gradient
+
+    for barriers in (0, 2):
+        one = partial(step, barriers=barriers)
+        assert number_of_products(products_last(one), drawn(3, 3), drawn(2, 3)) == 1
+
+
 def test_in_a_loop_that_closes_over_traced_values_and_under_vmap():
     optimizer = OPTIMIZERS["SGD"][0]
     state = optimizer.init(initial())
@@ -166,3 +190,10 @@ def test_a_step_with_effects_is_left_as_it_is(capfd):
     jax.block_until_ready(jax.jit(products_last(step))(jnp.zeros((3, 3)), drawn(2, 3)))
     jax.effects_barrier()
     assert capfd.readouterr().out == "a step\n"
+
+
+def test_vectors_are_as_long_as_the_user_says(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert cpu_options() == {"xla_cpu_prefer_vector_width": 512}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256")
+    assert cpu_options() == {}

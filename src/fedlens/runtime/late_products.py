@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float, Shaped
 
 from fedlens.runtime.traced import PRODUCT, Operation, Traced, flat
@@ -52,15 +53,14 @@ def products_last(step: Callable[..., Any]) -> Callable[..., Any]:
         closed, shape = jax.make_jaxpr(step, return_shape=True)(*arguments)
         traced = flat(closed)
         late = set() if closed.effects else _late(traced)
-        if not late:
-            return step(*arguments)
-        return jax.tree.unflatten(jax.tree.structure(shape), _computed(traced, late, leaves))
+        results = _in_two_steps(traced, late, leaves) if late else jaxpr_as_fun(closed)(*leaves)
+        return jax.tree.unflatten(jax.tree.structure(shape), results)
 
     return computed
 
 
-def _computed(traced: Traced, late: set[int], arguments: list[Array]) -> list[Shaped[Array, "..."]]:
-    """What the step gives, its late values computed after all others."""
+def _in_two_steps(traced: Traced, late: set[int], arguments: list[Array]) -> list[Shaped[Array, "..."]]:
+    """What a step of training gives, its late values computed after all others."""
     values = {**traced.known, **dict(zip(traced.arguments, arguments, strict=True))}
     # Behind the barrier with them, or XLA would fuse what makes the operands too, once for each element of a kernel.
     awaited = {operand for each in traced.operations if _is_late_product(each, late) for operand in each.operands}
@@ -100,12 +100,13 @@ def _late(traced: Traced) -> set[int]:
     for operation in reversed(traced.operations):
         movable.update(read for read, given in _ways(operation) if given in movable and readers[read] == 1)
     late: set[int] = set()
+    barriers = 0
     for operation in traced.operations:
-        if movable.issuperset(operation.results) and _has_few_terms(traced, operation):
+        barriers += operation.name == _BARRIER
+        if not barriers and movable.issuperset(operation.results) and _has_few_terms(traced, operation):
             late.update(operation.results)
         late.update(given for read, given in _ways(operation) if given in movable and read in late)
-    barriers = [operation for operation in traced.operations if operation.name == _BARRIER]
-    return late if len(barriers) == 1 else set()
+    return late if barriers == 1 else set()
 
 
 def _ways(operation: Operation) -> list[tuple[int, int]]:

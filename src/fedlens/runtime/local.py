@@ -49,8 +49,8 @@ class Local:
 
     Attributes:
       devices: what it computes on; by default all that JAX's default backend has.
-      clients_per_step: how many clients a device computes side by side (by `vmap`); None chooses 16 where there are
-        many clients and what each computes is tiny, and 1 otherwise.
+      clients_per_step: how many clients a device computes side by side (by `vmap`); None chooses 32 where there are
+        many clients and what each sends is tiny, and 1 otherwise.
     """
 
     def __init__(self, devices: Sequence[jax.Device] | None = None, *, clients_per_step: int | None = None):
