@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from fedlens.runtime.devices import available_cores
+from fedlens.runtime.lowering import cpu_options
 
 ROUND = """
 import jax, numpy as np, fedlens as fed
@@ -64,3 +67,26 @@ def test_jax_that_has_started_already_is_used_as_it_is():
 
 def test_more_devices_than_clients():
     assert python(ROUND, JAX_NUM_CPU_DEVICES="8")[0] == f"{RESULT} 8"
+
+
+VECTORS, DISABLED = "xla_cpu_prefer_vector_width", "xla_disable_hlo_passes"
+
+
+@pytest.mark.parametrize(
+    ("flags", "left"),
+    [("", {VECTORS, DISABLED}), (f"--{VECTORS}=256", {DISABLED}), (f"--{DISABLED}=algsimp", {VECTORS})],
+)
+def test_what_the_user_says_about_compiling_stays(monkeypatch, flags, left):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert cpu_options().keys() == left
+
+
+def test_a_device_computes_on_one_core():
+    weights = jnp.ones((784, 200))
+    divided, whole = (
+        jax.jit(lambda weights: 2 * weights - jnp.sin(weights), compiler_options=options).lower(weights).compile()
+        for options in (None, cpu_options())
+    )
+    assert "partitions" not in whole.as_text()
+    if available_cores() > 1:
+        assert "partitions" in divided.as_text()  # if not, the option has lost its meaning

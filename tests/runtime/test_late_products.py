@@ -16,7 +16,6 @@ from jax import lax
 from lowered import assert_close, drawn
 
 from fedlens.runtime.late_products import MAX_TERMS, products_last
-from fedlens.runtime.lowering import cpu_options
 
 SIZES = (12, 9, 7)
 OPTIMIZERS = {
@@ -190,10 +189,3 @@ def test_a_step_with_effects_is_left_as_it_is(capfd):
     jax.block_until_ready(jax.jit(products_last(step))(jnp.zeros((3, 3)), drawn(2, 3)))
     jax.effects_barrier()
     assert capfd.readouterr().out == "a step\n"
-
-
-def test_vectors_are_as_long_as_the_user_says(monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    assert cpu_options() == {"xla_cpu_prefer_vector_width": 512}
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256")
-    assert cpu_options() == {}
