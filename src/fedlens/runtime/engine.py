@@ -62,9 +62,9 @@ class StageResult:
       reductions: step name -> positional server value.
       outputs: step name -> the clients' values; empty when they went to a sink.
       dropped: positions of the clients that were left out of the reductions, as their values were not finite.
-      confirm: waits for the clients, fills in `outputs`, and raises if one sent what it may not; None if that is done.
-        An engine may leave it to its caller, who can start what comes next in the meantime, and must not hand out
-        anything before.
+      confirm: waits for the clients, raises if one sent what it may not, and fills in `outputs` or gives the sink the
+        last chunk; None if that is done. An engine may leave it to its caller, who can start what comes next in the
+        meantime, and must not hand out anything before.
     """
 
     reductions: Mapping[str, Any]

@@ -49,7 +49,7 @@ def cpu_options() -> dict[str, Any]:
 
     A device computes on one core: XLA would divide elementwise operations among all cores, and a device's update of
     some weights then waits for a core that trains another device's clients. W2 took 28 to 33 ms a round so, and takes
-    25 to 26.
+    24 to 26.
     """
     options = {"xla_cpu_prefer_vector_width": 512, "xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
     chosen = os.environ.get("XLA_FLAGS", "")
