@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from jax import lax
 from lowered import assert_close, drawn
 
 from fedlens.runtime.late_products import MAX_TERMS, products_last
+from fedlens.runtime.lowering import lowered_for_cpu
 
 SIZES = (12, 9, 7)
 OPTIMIZERS = {
@@ -26,6 +28,12 @@ OPTIMIZERS = {
     "Adam": (optax.adam(0.1), False),
     "clipping by the norm": (optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)), False),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def lowered():
+    with lowered_for_cpu():
+        yield
 
 
 def network(weights, x):
@@ -170,15 +178,17 @@ def test_in_a_loop_that_closes_over_traced_values_and_under_vmap():
     assert_close(of_all(products_last), of_all(lambda step: step))
 
 
-def test_on_arrays_at_hand_the_step_sees_them():
-    seen = []
+def test_only_programs_for_cpu_of_the_local_engine_change():
+    def step(kernel, x):
+        return kernel - lax.optimization_barrier(x.T @ x)
 
-    def step(kernel):
-        seen.append(kernel)
-        return kernel
-
-    products_last(step)(jnp.ones(3))
-    assert not isinstance(seen[0], jax.core.Tracer)
+    arguments = drawn(3, 3), drawn(2, 3)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(number_of_products(products_last(step), *arguments)))
+    thread.start()  # in which nothing is lowered for CPU
+    thread.join()
+    assert found == [1]
+    assert number_of_products(products_last(step), *arguments) == 0
 
 
 def test_a_step_with_effects_is_left_as_it_is(capfd):

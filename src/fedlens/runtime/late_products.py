@@ -17,6 +17,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float, Shaped
 
+from fedlens.runtime.lowering import is_lowered_for_cpu
 from fedlens.runtime.traced import PRODUCT, Operation, Traced, flat
 
 MAX_TERMS = 12  # examples of a batch
@@ -27,7 +28,7 @@ _ON_THE_WAY = {"add", "add_any", "convert_element_type", "copy", "div", "mul", "
 
 
 def products_last(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The same step of training; within a program, products of few terms come behind the step's optimization barrier.
+    """The same step of training; lowered for CPU, products of few terms come behind the step's optimization barrier.
 
     Those products move that lead to one result and to nothing else, by arithmetic that XLA fuses with them. A gradient
     that is read twice stays before the barrier (the optimizer keeps a momentum, or clips by a norm): fused, it would be
@@ -37,19 +38,20 @@ def products_last(step: Callable[..., Any]) -> Callable[..., Any]:
       >>> def step(kernel, x):
       ...     gradient = lax.optimization_barrier(jax.grad(lambda kernel: (x @ kernel).sum())(kernel))
       ...     return kernel - 0.1 * gradient
-      >>> text = str(jax.make_jaxpr(products_last(step))(jnp.ones((8, 3)), jnp.ones((2, 8))))
+      >>> with lowered_for_cpu():
+      ...     text = str(jax.make_jaxpr(products_last(step))(jnp.ones((8, 3)), jnp.ones((2, 8))))
       >>> "dot_general" in text  # two examples: the sum of two outer products
       False
 
     Args:
       step: pure, from arrays to arrays, with at most one `lax.optimization_barrier`: between the gradient and what
-        reads it. Outside of programs, on arrays that are at hand, it is called as it is.
+        reads it. Outside of `lowered_for_cpu`, as in the debug engine and in what is exported, it is called as it is.
     """
 
     def computed(*arguments: Any) -> Any:
-        leaves = jax.tree.leaves(arguments)
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if not is_lowered_for_cpu():
             return step(*arguments)
+        leaves = jax.tree.leaves(arguments)
         closed, shape = jax.make_jaxpr(step, return_shape=True)(*arguments)
         traced = flat(closed)
         late = set() if closed.effects else _late(traced)

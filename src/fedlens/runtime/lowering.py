@@ -41,6 +41,11 @@ def lowered_for_cpu() -> Iterator[None]:
         yield
 
 
+def is_lowered_for_cpu() -> bool:
+    """Whether what is traced here becomes a program of fedlens's own, on a machine that computes on its CPU."""
+    return bool(_active.value) and jax.default_backend() == "cpu"
+
+
 def cpu_options() -> dict[str, Any]:
     """How a program for clients is compiled for CPU. What the user's `XLA_FLAGS` say of an option stays as they say it.
 
