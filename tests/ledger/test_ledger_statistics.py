@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fedlens as fed
-from fedlens.ledger import ClientPart, LedgerWriter, RoundRecord, commit, measure
+from fedlens.ledger import ClientPart, LedgerWriter, RoundRecord, commit, delivery, measure
 
 
 def expected(reference, local, examples):
@@ -110,6 +110,7 @@ def test_norms_and_cosines_are_numpys_wherever_the_weights_wait(tmp_path, monkey
 @pytest.mark.parametrize("bad", [[], [3, 20]])
 def test_one_delivery_of_several_parts(tmp_path, monkeypatch, clients, most, bad):
     monkeypatch.setattr(measure, "TOGETHER", most)
+    monkeypatch.setattr(delivery, "WORTH_A_THREAD", 0)
     reference, local, examples = make(clients=clients)
     for place in bad:
         local[0][place, 89, 59] = np.nan

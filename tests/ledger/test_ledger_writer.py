@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord, commit, handover, measure
+from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord, commit, delivery, handover, measure
 
 SMALL = np.zeros(2, np.float32)
 
@@ -246,23 +246,25 @@ def test_a_failure_in_measuring_is_one_of_the_round(make_writer, make_round, mon
     assert Ledger(writer.path).rounds == [0]
 
 
-def test_what_was_handed_over_is_committed_when_the_program_ends_without_closing(tmp_path):
+@pytest.mark.parametrize("numbers", [100_000, 300_000])  # measured by the writing thread, and by one beside it
+def test_what_was_handed_over_is_committed_when_the_program_ends_without_closing(tmp_path, numbers):
+    assert (4 * numbers < delivery.WORTH_A_THREAD) == (numbers == 100_000)
     program = """
 import sys
 import numpy as np
 from fedlens.ledger import ClientPart, LedgerWriter, RoundRecord
 
-weights = np.zeros(100_000, np.float32)
+weights = np.zeros(int(sys.argv[2]), np.float32)
 writer = LedgerWriter.create(sys.argv[1], weights={"w": weights}, config={}, rounds=9)
 for number in range(9):
     part = ClientPart(("ann",), np.array([0]), [weights[None] + number], np.array([1]), {})
     writer.record(RoundRecord(number, [weights], [part], {}, {}))
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "run"), str(numbers)], check=True, timeout=120)
     ledger = Ledger(tmp_path / "run")
     assert ledger.rounds == list(range(9))
     assert ledger.round(8)["ann"].weights["w"][0] == 8
-    assert ledger.round(8)["ann"].update_norm == pytest.approx(8 * np.sqrt(100_000))
+    assert ledger.round(8)["ann"].update_norm == pytest.approx(8 * np.sqrt(numbers))
 
 
 def test_a_disk_that_is_full_at_the_start(monkeypatch, tmp_path):

@@ -2,7 +2,7 @@
 
 Whose devices computed them makes no difference to what is measured: the parts of a delivery are walked over together.
 
-They are measured on a thread beside the one that writes. It is as much work, but it takes its time from two cores
+Large ones are measured on a thread beside the one that writes. It is as much work, but it takes its time from two cores
 evenly: devices wait for each other at the end of a round, so what one thread takes from one of them, the round takes
 longer.
 """
@@ -21,6 +21,8 @@ from fedlens.ledger.measure import Clients, PerRow
 from fedlens.ledger.records import ClientPart
 from fedlens.ledger.tensorfile import AnyArray
 from fedlens.memory import reused
+
+WORTH_A_THREAD = 1 << 20  # bytes; less is measured sooner than a thread is started
 
 
 class Delivery:
@@ -47,6 +49,16 @@ class Delivery:
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
         """Measures all leaves while the body runs, which must not read what is measured."""
+        if sum(leaf.nbytes for part in self.parts for leaf in part.weights) < WORTH_A_THREAD:
+            self._measure()
+            yield
+        else:
+            with self._measured_beside():
+                yield
+        self._leave_out_nonfinite()
+
+    @contextlib.contextmanager
+    def _measured_beside(self) -> Iterator[None]:
         with ThreadPoolExecutor(1, "fedlens-ledger-measure") as beside:
             try:
                 measuring = beside.submit(self._measure)
@@ -56,7 +68,6 @@ class Delivery:
             else:
                 yield
                 measuring.result()
-        self._leave_out_nonfinite()
 
     def squares_by_part(self) -> list[Float64[np.ndarray, "clients leaves"]]:
         """`squares` of the clients of each part: views."""
