@@ -6,8 +6,10 @@ packed cohorts and of what is written is used again.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import sys
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -15,9 +17,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
+PAGE = 4096  # bytes
 HUGE_PAGE = 2 << 20  # bytes; NumPy asks for such pages where it makes large arrays
 
 _ALIGNMENT = 64  # bytes
+_COLLAPSE = 25  # Linux's MADV_COLLAPSE, since 6.1
 _WORTH_KEEPING = 1 << 20  # bytes
 _KEPT = 4  # pieces of memory of one size
 _spare: defaultdict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
@@ -68,6 +72,18 @@ def reused(shape: tuple[int, ...], dtype: np.dtype[Any], alignment: int = _ALIGN
     if size >= _WORTH_KEEPING:
         weakref.finalize(owner, _give_back, spare, memory).atexit = False
     return _from_aligned(owner, size, alignment).view(dtype).reshape(shape)
+
+
+def in_huge_pages(array: np.ndarray) -> None:
+    """Puts the memory of an array into huge pages, as far as it fills some and the system has them.
+
+    It is copied once: worth it for memory that is used again and again.
+    """
+    start = -(-array.ctypes.data // HUGE_PAGE) * HUGE_PAGE
+    size = (array.ctypes.data + array.nbytes - start) // HUGE_PAGE * HUGE_PAGE
+    if size > 0 and sys.platform == "linux":
+        # What it answers makes no difference: where it is refused, pages stay as they are.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _COLLAPSE)
 
 
 def _from_aligned(memory: np.ndarray, size: int, alignment: int) -> np.ndarray:

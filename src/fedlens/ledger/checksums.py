@@ -38,6 +38,20 @@ def of_rows(local: Shaped[np.ndarray, "clients *leaf"]) -> Checksums:
     return checksums
 
 
+def continued(rows: UInt8[np.ndarray, "clients bytes"], checksums: Checksums) -> None:
+    """Takes some more bytes of each client's leaf into its checksum, which is 0 before the first.
+
+    Example:
+      >>> checksums = np.zeros(1, np.uint32)
+      >>> content = np.zeros((1, 8), np.uint8)
+      >>> continued(content[:, :3], checksums)
+      >>> continued(content[:, 3:], checksums)
+      >>> checksums
+      array([1696784233], dtype=uint32)
+    """
+    checksums[:] = list(map(crc32, rows, checksums.tolist()))
+
+
 def passed_on(rows: UInt8[np.ndarray, "clients bytes"], checksums: Checksums) -> Iterator[UInt8[np.ndarray, "bytes"]]:
     """Gives the bytes of some clients' leaf piece by piece, and takes their checksums on the way.
 

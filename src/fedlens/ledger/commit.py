@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from fedlens.errors import LedgerError
 from fedlens.ledger import checksums, durable, encodings, folder, measure, table, tensorfile
-from fedlens.ledger.delivery import Delivery
+from fedlens.ledger.delivery import Delivery, MeasuredPart
 from fedlens.ledger.format import Run
 from fedlens.ledger.measure import PerRow
 from fedlens.ledger.records import ClientPart, RoundRecord
@@ -52,6 +53,10 @@ class RoundWriter:
         """Starts round `number`; nothing is written yet."""
         self._path, self._run, self._number = path, run, int(number)
         self._global = [np.asarray(leaf) for leaf in global_weights]
+        leaves, kept_leaves = run.leaves, set(run.kept_leaves)
+        self._leaf_kept = np.array([leaf in kept_leaves for leaf in leaves], bool)
+        self._leaf_scaled = np.array([leaf.encoding == encodings.INT8_DELTA for leaf in leaves], bool)
+        self._stored_raw = self._leaf_kept & np.array([leaf.encoding == encodings.RAW for leaf in leaves], bool)
         self._rows: list[ClientRows] = []
         self._again: list[_Again] = []
         self._files = 0
@@ -70,17 +75,19 @@ class RoundWriter:
           LedgerError: a client's leaf cannot be encoded.
           OSError: what the operating system reports.
         """
-        delivery = Delivery(parts, self._global)
-        rows = [self._new_rows(part, squares) for part, squares in zip(parts, delivery.squares_by_part(), strict=True)]
+        kept = [self._kept(part) for part in parts]
+        everybody = all(bool(each.all()) for each in kept)
+        # What is stored as it is, and of all, is checksummed as it is measured; all else as it is written.
+        whole = self._stored_raw if everybody else np.zeros_like(self._stored_raw)
+        delivery = Delivery(parts, self._global, np.flatnonzero(whole))
+        rows = [self._new_rows(*of_part) for of_part in zip(delivery.by_part(), kept, strict=True)]
         size = sum(leaf.nbytes for part in parts for leaf in part.weights)
         held = self._held + size <= HELD
-        in_full = all(leaf.encoding == encodings.RAW for leaf in self._run.leaves) and all(
-            bool(each.stored.all()) for each in rows
-        )
+        in_full = bool(whole.all())
         target = folder.weights_file(self._path, self._number, self._files)
         self._finish_file()
         with delivery.measured():
-            self._begun = durable.begin_file(target, self._pieces(rows), keep_cached=in_full and not held)
+            self._begun = durable.begin_file(target, self._pieces(rows, whole), keep_cached=in_full and not held)
         self._products = delivery.products if self._files == 0 else None
         if self._files == 0:
             self._total = delivery.sums
@@ -123,7 +130,7 @@ class RoundWriter:
           OSError: what the operating system reports; the round may then be torn.
         """
         if not self._files:
-            durable.write_file(folder.weights_file(self._path, self._number), self._pieces([]))
+            durable.write_file(folder.weights_file(self._path, self._number), self._pieces([], self._stored_raw))
         rows = self._with_cosines()
         self._finish_file()  # now: while cosines were computed, the disk was at work
         for path in self._scratch:
@@ -158,32 +165,32 @@ class RoundWriter:
             file, self._begun = self._begun, None
             durable.finish_file(file)
 
-    def _new_rows(self, part: ClientPart, squares: AnyArray) -> ClientRows:
-        """A delivery's rows of the table, with nothing measured yet."""
-        keep, shape = self._run.keep, (len(part.ids), len(self._run.leaves))
+    def _kept(self, part: ClientPart) -> Bool[np.ndarray, " clients"]:
+        """Which of the clients have their weights stored."""
+        keep = self._run.keep
         if keep is None:
-            kept = np.ones(len(part.ids), bool)
-        elif not keep.keeps_round(self._number):
-            kept = np.zeros(len(part.ids), bool)
-        else:
-            kept = np.array([keep.keeps_client(client) for client in part.ids], bool)
-        leaves = np.array([leaf in self._run.kept_leaves for leaf in self._run.leaves])
-        stored = kept[:, None] & leaves[None, :]
-        has_scale = np.array([leaf.encoding == encodings.INT8_DELTA for leaf in self._run.leaves])
+            return np.ones(len(part.ids), bool)
+        if not keep.keeps_round(self._number):
+            return np.zeros(len(part.ids), bool)
+        return np.array([keep.keeps_client(client) for client in part.ids], bool)
+
+    def _new_rows(self, part: MeasuredPart, kept: Bool[np.ndarray, " clients"]) -> ClientRows:
+        """A part's rows of the table, before it is measured and written."""
+        stored = kept[:, None] & self._leaf_kept[None, :]
         return ClientRows(
-            part,
+            part.of,
             np.where(kept, self._files, NOT_KEPT),
             np.where(kept, 0, NOT_KEPT),  # counted when the rows of all parts are known
-            squares,
-            np.zeros(shape, np.uint32),
+            part.squares,
+            part.checksums,
             stored,
-            np.zeros(shape),
-            stored & has_scale,
-            np.full(len(part.ids), np.nan),
+            np.zeros(stored.shape),
+            stored & self._leaf_scaled,
+            np.full(len(kept), np.nan),
         )
 
-    def _pieces(self, rows: Sequence[ClientRows]) -> Iterator[Any]:
-        """The pieces of a weights file."""
+    def _pieces(self, rows: Sequence[ClientRows], whole: Bool[np.ndarray, " leaves"]) -> Iterator[Any]:
+        """The pieces of a weights file; leaves that are `whole` are written as they are."""
         count = 0
         for each in rows:
             kept = each.row != NOT_KEPT
@@ -204,16 +211,19 @@ class RoundWriter:
             if name.startswith("global/"):
                 yield tensorfile.as_bytes(self._global[places[name]])
             else:
+                place = places[name]
                 for each in rows:
-                    yield from self._stored(each, places[name])
+                    if whole[place]:
+                        yield tensorfile.as_bytes(np.asarray(each.of.weights[place]))
+                    else:
+                        yield from self._encoded(each, place)
 
-    def _stored(self, rows: ClientRows, place: int) -> Iterator[Any]:
-        """The bytes of one leaf of those clients who are stored, block by block."""
+    def _encoded(self, rows: ClientRows, place: int) -> Iterator[Any]:
+        """The bytes of one leaf of those clients who are stored, block by block, and their checksums on the way."""
         leaf, reference = self._run.leaves[place], self._global[place]
         array = np.asarray(rows.of.weights[place])
         stored = np.flatnonzero(rows.stored[:, place])
-        is_whole = leaf.encoding == encodings.RAW and len(stored) == len(array)
-        step = max(1, len(stored)) if is_whole else _step(reference)
+        step = _step(reference)
         for first in range(0, len(stored), step):
             chosen = stored[first : first + step]
             start, stop = int(chosen[0]), int(chosen[-1]) + 1

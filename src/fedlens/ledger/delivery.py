@@ -10,11 +10,12 @@ longer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, UInt32
 
 from fedlens.ledger import measure
 from fedlens.ledger.measure import Clients, PerRow
@@ -25,6 +26,21 @@ from fedlens.memory import reused
 WORTH_A_THREAD = 1 << 20  # bytes; less is measured sooner than a thread is started
 
 
+@dataclass(frozen=True)
+class MeasuredPart:
+    """One part of a delivery, and what is measured of its clients; the arrays are filled while that is.
+
+    Attributes:
+      of: the clients.
+      squares: squared norms of their updates, [clients, leaves].
+      checksums: of their leaves as they are, [clients, leaves]; 0 where nobody asked for them.
+    """
+
+    of: ClientPart
+    squares: Float64[np.ndarray, "clients leaves"]
+    checksums: UInt32[np.ndarray, "clients leaves"]
+
+
 class Delivery:
     """The parts of one delivery; what is measured of them holds at the end of `measured`.
 
@@ -32,19 +48,24 @@ class Delivery:
       parts: the clients, in the order in which they are stored.
       weights: how many examples each has, which weights it in the sums; 0 for who was left out.
       squares: squared norms of their updates, [clients, leaves].
+      checksums: of their leaves as they are, [clients, leaves]; 0 where nobody asked for them.
       sums: of each leaf the weighted sum of the updates, flat, complex numbers as pairs.
       products: the inner product of each client's update with the sum of all, over all leaves; None if there are too
         many clients to know it in one pass, or if somebody was left out.
     """
 
-    def __init__(self, parts: Sequence[ClientPart], global_weights: Sequence[AnyArray]) -> None:
-        """Takes the clients; nothing is measured yet."""
+    def __init__(
+        self, parts: Sequence[ClientPart], global_weights: Sequence[AnyArray], checksummed: Collection[int] = ()
+    ) -> None:
+        """Takes the clients, and the places of the leaves that checksums are asked of; nothing is measured yet."""
         self.parts = parts
         self.weights: PerRow = np.concatenate([np.zeros(0), *(np.asarray(part.num_examples) for part in parts)])
         self.squares: Float64[np.ndarray, "clients leaves"] = np.zeros((len(self.weights), len(global_weights)))
         self.sums = [_zeros(measure.width(leaf)) for leaf in global_weights]
         self.products = np.zeros(len(self.weights)) if len(self.weights) <= measure.TOGETHER else None
+        self.checksums: UInt32[np.ndarray, "clients leaves"] = np.zeros(self.squares.shape, np.uint32)
         self._global = global_weights
+        self._checksummed = checksummed
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
@@ -69,16 +90,19 @@ class Delivery:
                 yield
                 measuring.result()
 
-    def squares_by_part(self) -> list[Float64[np.ndarray, "clients leaves"]]:
-        """`squares` of the clients of each part: views."""
-        return np.split(self.squares, np.cumsum([len(part.ids) for part in self.parts]))[:-1]
+    def by_part(self) -> list[MeasuredPart]:
+        """What is measured of each part: views."""
+        ends = np.cumsum([len(part.ids) for part in self.parts])[:-1]
+        measured = zip(self.parts, np.split(self.squares, ends), np.split(self.checksums, ends), strict=True)
+        return [MeasuredPart(*of_part) for of_part in measured]
 
     def _measure(self) -> None:
         for place, (reference, total) in enumerate(zip(self._global, self.sums, strict=True)):
             stacks = [np.asarray(part.weights[place]) for part in self.parts]
             for rows, together in _together(stacks):
                 squares, products = self.squares[rows, place], None if self.products is None else self.products[rows]
-                measure.measure(together, reference, self.weights[rows], squares, total, products)
+                checksums = self.checksums[rows, place] if place in self._checksummed else None
+                measure.measure(together, reference, self.weights[rows], squares, total, products, checksums)
 
     def _leave_out_nonfinite(self) -> None:
         """Takes the clients that are not finite out of the sums, which are taken again if there are any."""

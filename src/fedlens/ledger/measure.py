@@ -1,8 +1,8 @@
 """What is measured of each client's leaf: the norm of its update, and its part in the mean.
 
 A leaf is walked over tile by tile, some columns of all clients of a delivery at a time, so that a tile is read from
-memory once: norms, the clients' weighted sum, and each client's inner product with that sum are taken of it while it is
-in the cache. Where the delivery is all of the round, that sum points where the mean update does, and the products are
+memory once: norms, checksums, the clients' weighted sum, and each client's inner product with that sum are taken of it
+while it is in the cache. Where the delivery is all of the round, that sum points where the mean update does, and the products are
 all that the cosine needs; otherwise `projections` goes over the clients once more when the mean is known.
 
 Updates of float32 leaves are taken in float32, in which a difference of near numbers loses nothing, and summed over
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Shaped
 
-from fedlens.ledger.tensorfile import AnyArray
+from fedlens.ledger.checksums import Checksums, continued
+from fedlens.ledger.tensorfile import AnyArray, as_bytes
 from fedlens.memory import reused
 
 Clients = Shaped[np.ndarray, "clients *leaf"]  # one leaf of some clients
@@ -45,6 +46,7 @@ def measure(
     squares: PerRow,
     total: AnyArray,
     products: PerRow | None = None,
+    checksums: Checksums | None = None,
 ) -> None:
     """Adds what is measured of one leaf of some clients to the arrays given, in one pass.
 
@@ -57,6 +59,7 @@ def measure(
       total: float64, [width(reference)]; gets the weighted sum of the updates.
       products: float64, [clients]; gets the inner product of each client's update with that sum. Means nothing if a
         client is not finite.
+      checksums: uint32, [clients], zeros; gets the checksum of each client's leaf as it is.
 
     Example:
       >>> squares, total, products = np.zeros(2), np.zeros(2), np.zeros(2)
@@ -65,12 +68,19 @@ def measure(
       >>> squares, total, products
       (array([25.,  1.]), array([3., 6.]), array([33.,  6.]))
     """
+    stored: list[tuple[Any, Checksums]] = []
+    if checksums is not None:
+        contents = [as_bytes(part).reshape(len(part), reference.nbytes) for part in parts]
+        stored += zip(contents, np.split(checksums, np.cumsum([len(part) for part in parts])[:-1]), strict=True)
+    of_column = reference.nbytes // max(1, width(reference))  # bytes
     largest = weights.max(initial=0.0)
     shares = weights / largest if largest > 0 else weights  # at most 1, so that float32 has no less room
     narrow_shares = shares.astype(np.float32)
     # Overflow and infinities belong in the record as they are; they are no reason for a warning from the writer.
     with np.errstate(all="ignore"):
         for columns, update, again in _updates(parts, reference):
+            for content, of_clients in stored:  # now, while the tile is in the cache
+                continued(content[:, of_column * columns.start : of_column * columns.stop], of_clients)
             lengths = _inner(update, update)
             if update.dtype == np.float32 and not _are_sure(update, lengths):
                 update = again()

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from fedlens.errors import LedgerError
+from fedlens.ledger import direct
 from fedlens.ledger.storage import LocalStore, Store
 
 AnyArray = Shaped[np.ndarray, "..."]  # an array of any shape and of one of the dtypes below
@@ -92,7 +93,9 @@ def _in_files(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
     """Lays out a file for tensors given as name -> (dtype, shape).
 
-    Wide dtypes come first, as the safetensors library has it, so that every tensor is aligned to its item size.
+    Wide dtypes come first, as the safetensors library has it, so that every tensor is aligned to its item size. Among
+    those of one width large tensors come first, the largest before the others, and the first begins at a block of the
+    disk: what lies in memory as it does in the file is written without a copy (`direct.py`).
 
     Returns:
       What the file starts with, and the names in the order in which their bytes follow.
@@ -102,15 +105,18 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, l
       >>> order, len(start) % 8
       (['b', 'a'], 0)
     """
-    order = sorted(tensors, key=lambda name: -dtype_of(tensors[name][0]).itemsize)
+    widths = {name: dtype_of(dtype).itemsize for name, (dtype, _) in tensors.items()}
+    sizes = {name: math.prod(shape) * widths[name] for name, (_, shape) in tensors.items()}
+    large = {name: size for name, size in sizes.items() if size >= direct.IN_PLACE}
+    order = sorted(tensors, key=lambda name: (-widths[name], -large.get(name, 0)))
     header: dict[str, Any] = {}
     end = 0
     for name in order:
         dtype, shape = tensors[name]
-        begin, end = end, end + math.prod(shape) * dtype_of(dtype).itemsize
+        begin, end = end, end + sizes[name]
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % (direct.BLOCK if large else 8))
     return struct.pack("<Q", len(text)) + text, order
 
 

@@ -29,6 +29,7 @@ from fedlens.language.types import tensor_types
 from fedlens.runtime import checks, reductions
 from fedlens.runtime.columns import Layout
 from fedlens.runtime.interpreter import inline, run_step
+from fedlens.runtime.rows import Rows, write
 
 AXIS = "clients"
 
@@ -40,7 +41,8 @@ Watch = Literal["nothing", "sums", "clients", "drop"]
 # What was seen, by name: "finite" and "within", [clients, leaves], and "found", [clients, leaves, 2], are of each
 # client, see `checks`; "passed" is whether all clients passed, to be asked again with "clients" if not.
 _Seen = dict[str, jax.Array]
-_Carry = tuple[dict[str, Any], dict[str, list[jax.Array]], _Seen]  # accumulators, rows of outputs
+_Leaves = dict[str, list[jax.Array]]  # output -> its leaves
+_Carry = tuple[dict[str, Any], _Leaves | Rows, _Seen]  # accumulators, rows of outputs
 
 
 def run_chunk(
@@ -54,8 +56,8 @@ def run_chunk(
     counts: Int[Array, " devices"],
     watch: Watch,
     alone: bool,
-    memory: dict[str, list[jax.Array]] | None,
-) -> tuple[Any, dict[str, list[jax.Array]], _Seen]:
+    memory: Rows | None,
+) -> tuple[Any, _Leaves | Rows, _Seen]:
     """The program of a client stage over one chunk.
 
     Args:
@@ -72,12 +74,12 @@ def run_chunk(
       memory: where to write the outputs to, see `RowMemory`; None makes room for them.
 
     Returns:
-      The accumulators, or if `alone` what `results` makes of them; the outputs, [devices * capacity, *leaf]; what was
-      seen: of each client, [devices * capacity, ...], and whether all passed, [devices].
+      The accumulators, or if `alone` what `results` makes of them; the outputs, [devices * capacity, *leaf], or `memory`
+      with them; what was seen: of each client, [devices * capacity, ...], and whether all passed, [devices].
     """
 
     def share(
-        shared: dict[str, Any], packed: list[list[jax.Array]], counts: jax.Array, memory: dict[str, Any] | None
+        shared: dict[str, Any], packed: list[list[jax.Array]], counts: jax.Array, memory: Rows | None
     ) -> Any:
         start = (
             {step.name: reductions.zeros(step, shared, inline) for step in stage.reductions},
@@ -86,9 +88,9 @@ def run_chunk(
         )
         of_client = partial(_client, stage, layouts, shared, packed)
         if group == 1:
-            body, steps = partial(_one_client, stage, watch, of_client, shared), counts[0]
+            body, steps = partial(_one_client, stage, capacity, watch, of_client, shared), counts[0]
         else:
-            body = partial(_one_group, stage, watch, of_client, shared, group, counts[0])
+            body = partial(_one_group, stage, capacity, watch, of_client, shared, group, counts[0])
             steps = -(-counts[0] // group)
         sums, rows, seen = lax.fori_loop(jnp.int32(0), steps, body, start)
         total = _merge_devices(stage, shared, sums, mesh.size)
@@ -108,7 +110,7 @@ def run_chunk(
     return noted(partial(results, stage))(total, shared) if alone else total, rows, seen
 
 
-def _no_rows(stage: ClientStage, capacity: int) -> dict[str, list[jax.Array]]:
+def _no_rows(stage: ClientStage, capacity: int) -> _Leaves:
     return {
         name: [jnp.zeros((capacity, *tensor.shape), tensor.dtype) for tensor in tensor_types(type_)]
         for name, type_ in zip(stage.outputs, stage.output_types, strict=True)
@@ -136,6 +138,7 @@ def _client(
 
 def _one_client(
     stage: ClientStage,
+    capacity: int,
     watch: Watch,
     of_client: Callable[..., Any],
     shared: dict[str, Any],
@@ -153,16 +156,14 @@ def _one_client(
         added = jax.tree.map(lambda new, old: jnp.where(look["finite"].all(), new, old), added, sums)
     if "passed" in look:
         seen = {**seen, "passed": seen["passed"] & look.pop("passed")}
-    rows, of_each = jax.tree.map(
-        lambda buffer, leaf: lax.dynamic_update_index_in_dim(buffer, leaf, position, 0),
-        (rows, {name: seen[name] for name in look}),
-        (outputs, look),
-    )
-    return added, rows, seen | of_each
+    put = partial(jax.tree.map, lambda buffer, leaf: lax.dynamic_update_index_in_dim(buffer, leaf, position, 0))
+    rows = put(rows, outputs) if isinstance(rows, dict) else write(stage, capacity, rows, outputs, position)
+    return added, rows, seen | put({name: seen[name] for name in look}, look)
 
 
 def _one_group(
     stage: ClientStage,
+    capacity: int,
     watch: Watch,
     of_client: Callable[..., Any],
     shared: dict[str, Any],
@@ -186,12 +187,9 @@ def _one_group(
         step.name: reductions.accumulate_group(step, sums[step.name], operand, counted, shared, inline)
         for step, operand in zip(stage.reductions, operands, strict=True)
     }
-    rows, of_each = jax.tree.map(
-        lambda buffer, leaves: lax.dynamic_update_slice_in_dim(buffer, leaves, first, 0),
-        (rows, {name: seen[name] for name in look}),
-        (outputs, look),
-    )
-    return added, rows, seen | of_each
+    put = partial(jax.tree.map, lambda buffer, leaves: lax.dynamic_update_slice_in_dim(buffer, leaves, first, 0))
+    rows = put(rows, outputs) if isinstance(rows, dict) else write(stage, capacity, rows, outputs, first)
+    return added, rows, seen | put({name: seen[name] for name in look}, look)
 
 
 def _look(stage: ClientStage, watch: Watch, operands: list[Any], bounded: tuple[jax.Array, jax.Array]) -> _Seen:

@@ -33,7 +33,7 @@ from fedlens.runtime.host import run_segments, run_server_segments
 from fedlens.runtime.interpreter import calls_local_computation, eager, evaluate_stage, inline
 from fedlens.runtime.lowering import cpu_options, lowered_for_cpu
 from fedlens.runtime.replicas import on_all_devices
-from fedlens.runtime.rows import RowMemory
+from fedlens.runtime.rows import RowMemory, Rows
 from fedlens.runtime.sequences import without_python_lengths
 from fedlens.runtime.values import Part
 
@@ -125,9 +125,9 @@ class Local:
         outputs: dict[str, list[Part]] = {name: [] for name in stage.outputs} if sink is None else {}
         dropped: list[np.ndarray] = []
         total: Any = None
-        computing: tuple[list[Share], Any, Callable[..., Any], bool] | None = None
+        computing: tuple[list[Share], Any, Callable[..., Any], int] | None = None
 
-        def take(shares: list[Share], results: Any, compute: Callable[..., Any], is_lent: bool) -> None:
+        def take(shares: list[Share], results: Any, compute: Callable[..., Any], capacity: int) -> None:
             """Hands out what a chunk computed; called when the next one is under way."""
             rows, seen, sums = results
             jax.block_until_ready(sums)  # no more than two chunks under way: JAX 0.10 deadlocked on many
@@ -136,7 +136,10 @@ class Local:
             if "passed" in seen and not to_host(seen["passed"]).all():
                 *_, of_clients = compute("clients", alone, memory.take(capacity))  # once more, to see whose it was
                 _check_chunk(stage, cohort.ids, shares, of_clients, on_nonfinite)
-            arrays = memory.lend(rows) if is_lent else {name: self._of_devices(rows[name]) for name in stage.outputs}
+            if isinstance(rows, Rows):
+                arrays = memory.lend(rows, capacity)
+            else:
+                arrays = {name: self._of_devices(rows[name]) for name in stage.outputs}
             parts = {name: _parts(shares, arrays[name]) for name in stage.outputs}
             if sink is not None:
                 sink(parts)
@@ -158,12 +161,11 @@ class Local:
                     capacity = max(-(-bucket(max(len(share) for share in shares)) // group) * group, capacity)
                     packed, counts, layouts = self._pack(stage, cohort, shares, capacity, group)
                 compute = partial(run_chunk, capacity, group, layouts, held, packed, counts)
-                room = memory.take(capacity)
-                sums, rows, seen = compute(_WATCH[on_nonfinite], alone, room)
+                sums, rows, seen = compute(_WATCH[on_nonfinite], alone, memory.take(capacity))
                 total = sums if total is None else finish.merge(total, sums, read_after)
                 if computing is not None:
                     take(*computing)
-                computing = shares, (rows, seen, sums), compute, room is not None
+                computing = shares, (rows, seen, sums), compute, capacity
             # Under way while the last chunk is awaited.
             results, fits = total if alone else finish.finish(total, read_after)
 

@@ -3,24 +3,30 @@
 A program that hands out local models needs room for all of them. Fresh memory costs a page fault every 4 KiB, and is
 filled with zeros first: a round of W2 that hands out 42 MB took 1.2 times as long as one that hands out nothing. Now it
 takes 1.06 times as long: the rows of a run are an argument of the next, donated, once nobody holds what was handed out.
+
+All leaves of one dtype share one piece of memory on each device, and each leaf's rows begin at a page there. XLA
+chooses the piece's address, which need not be that of a page, so the first rows begin where its first page does. A disk
+can then read rows where they lie, and the pages are huge, of which it takes more at once.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding
-from jaxtyping import Shaped
+from jaxtyping import Array, Int, Shaped
 
 from fedlens.compiler import ClientStage
 from fedlens.language.types import num_bytes, tensor_types
-
-Rows = dict[str, list[jax.Array]]  # output -> its leaves, each [devices * capacity, *leaf], spread over the devices
+from fedlens.memory import PAGE, in_huge_pages
 
 _WORTH_KEEPING = 1 << 20  # bytes; for less the program makes its own
 # Bytes that a stage keeps while nobody uses them. Twice the rows of W2 fit: what a caller drops together is the round
@@ -28,53 +34,111 @@ _WORTH_KEEPING = 1 << 20  # bytes; for less the program makes its own
 _KEPT = 128 << 20
 
 
+class Rows(NamedTuple):
+    """Memory for rows, by dtype.
+
+    Attributes:
+      memory: dtype -> its numbers, spread over the devices; what is in them is undefined before they are written.
+      starts: dtype -> the number at which the first rows begin, of each device.
+    """
+
+    memory: dict[str, Shaped[Array, " numbers"]]
+    starts: dict[str, Int[Array, " devices"]]
+
+
+class _Leaf(NamedTuple):
+    """Where on a device the rows of a leaf are: the number at which they begin, after the start, and a row's shape."""
+
+    dtype: str
+    first: int
+    shape: tuple[int, ...]
+
+
+def write(
+    stage: ClientStage,
+    capacity: int,
+    rows: Rows,
+    outputs: Mapping[str, Sequence[jax.Array]],
+    client: jax.Array,
+) -> Rows:
+    """Writes outputs of a client of this device, or of several from `client` on; for a program to be traced.
+
+    Args:
+      stage: whose outputs they are.
+      capacity: for how many clients of each device the rows are.
+      rows: those of one device.
+      outputs: output -> its leaves, each [*leaf] or [clients, *leaf].
+      client: the place of the client among those of this device.
+    """
+    places, _ = _places(stage, capacity)
+    memory = dict(rows.memory)
+    for name, leaves in outputs.items():
+        for (dtype, first, shape), leaf in zip(places[name], leaves, strict=True):
+            start = rows.starts[dtype][0] + first + client * math.prod(shape)
+            memory[dtype] = lax.dynamic_update_slice_in_dim(memory[dtype], leaf.ravel(), start, 0)
+    return Rows(memory, rows.starts)
+
+
 class RowMemory:
     """The rows of one client stage, for one capacity at a time."""
 
     def __init__(self, stage: ClientStage, by_device: NamedSharding, in_place: bool):
         """Takes the stage, how rows are spread over devices, and whether these share the memory of the host."""
-        self._types = {name: tensor_types(type_) for name, type_ in zip(stage.outputs, stage.output_types, strict=True)}
+        self._stage = stage
         self._bytes = sum(map(num_bytes, stage.output_types))
         self._by_device = by_device
         self._in_place = in_place
         self._capacity = 0
-        self._fresh: Callable[[], Rows]
+        self._fresh: Callable[[], dict[str, jax.Array]]
         self._spare: list[Rows] = []
 
     def take(self, capacity: int) -> Rows | None:
-        """Rows for `capacity` clients of each device, to be donated; None if the program had better make its own.
-
-        What is in them is undefined.
-        """
-        count = capacity * self._by_device.num_devices
-        if not self._in_place or not _WORTH_KEEPING <= self._bytes * count <= _KEPT:
+        """Rows for `capacity` clients of each device, to be donated; None if the program had better make its own."""
+        if not self._in_place or not _WORTH_KEEPING <= self._bytes * capacity * self._by_device.num_devices <= _KEPT:
             return None
         if capacity != self._capacity:
-            shapes = {name: [((count, *each.shape), each.dtype) for each in of] for name, of in self._types.items()}
-            self._fresh = jax.jit(partial(_zeros, shapes), out_shardings=self._by_device)
+            _, sizes = _places(self._stage, capacity)
+            of_all = {dtype: size * self._by_device.num_devices for dtype, size in sizes.items()}
+            self._fresh = jax.jit(partial(_zeros, of_all), out_shardings=self._by_device)
             self._capacity, self._spare = capacity, []
         try:
             return self._spare.pop()
         except IndexError:
-            return self._fresh()
+            return self._placed(self._fresh())
 
-    def lend(self, rows: Rows) -> dict[str, list[list[Shaped[np.ndarray, "capacity *leaf"]]]]:
-        """What a program wrote: output -> for each leaf the array of each device, read where it lies.
+    def lend(self, rows: Rows, capacity: int) -> dict[str, list[list[Shaped[np.ndarray, "capacity *leaf"]]]]:
+        """What a program wrote into rows for `capacity` clients: output -> for each leaf the array of each device.
 
-        The rows are spare again when none of these arrays, and no view of one, is left.
+        They are read where they lie. The rows are spare again when none of these arrays, and no view of one, is left.
         """
-        capacity = next(leaf.shape[0] for leaves in rows.values() for leaf in leaves) // self._by_device.num_devices
+        places, _ = _places(self._stage, capacity)
+        starts = {dtype: np.asarray(start).tolist() for dtype, start in rows.starts.items()}
         lease = _Lease()
+        lent = {
+            name: [
+                [
+                    _lent(rows.memory[leaf.dtype].addressable_data(device), start + leaf.first, (capacity, *leaf.shape), lease)
+                    for device, start in enumerate(starts[leaf.dtype])
+                ]
+                for leaf in leaves
+            ]
+            for name, leaves in places.items()
+        }
         # Later chunks may have asked for another capacity in the meantime.
         spare = self._spare if capacity == self._capacity else []
         weakref.finalize(lease, _give_back, spare, rows).atexit = False
-        return {
-            name: [
-                [_lent(leaf.addressable_data(device), lease) for device in range(len(leaf.sharding.device_set))]
-                for leaf in leaves
-            ]
-            for name, leaves in rows.items()
-        }
+        return lent
+
+    def _placed(self, memory: dict[str, jax.Array]) -> Rows:
+        """Fresh memory, in huge pages where there are some, and where its rows begin."""
+        starts = {}
+        for dtype, spread in memory.items():
+            pieces = [np.asarray(spread.addressable_data(number)) for number in range(self._by_device.num_devices)]
+            for piece in pieces:
+                in_huge_pages(piece)
+            first = [-piece.ctypes.data % PAGE // piece.itemsize for piece in pieces]
+            starts[dtype] = jax.device_put(np.array(first, np.int32), self._by_device)
+        return Rows(memory, starts)
 
 
 class _Lease:
@@ -89,16 +153,30 @@ class _Lent:
         self.held = array, lease
 
 
-def _lent(piece: jax.Array, lease: _Lease) -> np.ndarray:
-    array = np.asarray(piece)
+def _lent(piece: jax.Array, start: int, shape: tuple[int, ...], lease: _Lease) -> np.ndarray:
+    array = np.asarray(piece)[start : start + math.prod(shape)].reshape(shape)
     return np.asarray(_Lent(array, lease)).view(array.dtype)  # the interface knows NumPy's own dtypes alone
 
 
 def _give_back(spare: list[Rows], rows: Rows) -> None:
-    size = sum(leaf.nbytes for leaves in rows.values() for leaf in leaves)
+    size = sum(piece.nbytes for piece in rows.memory.values())
     if (len(spare) + 1) * size <= _KEPT:
         spare.append(rows)
 
 
-def _zeros(shapes: dict[str, list[tuple[tuple[int, ...], np.dtype]]]) -> Rows:
-    return {name: [jnp.zeros(shape, dtype) for shape, dtype in leaves] for name, leaves in shapes.items()}
+def _places(stage: ClientStage, capacity: int) -> tuple[dict[str, list[_Leaf]], dict[str, int]]:
+    """Where on a device each output's leaves are, and how many numbers of each dtype a device has room for."""
+    sizes: dict[str, int] = {}
+    places: dict[str, list[_Leaf]] = {}
+    for name, type_ in zip(stage.outputs, stage.output_types, strict=True):
+        places[name] = []
+        for tensor in tensor_types(type_):
+            dtype, of_page = tensor.dtype.name, PAGE // tensor.dtype.itemsize
+            first = sizes.get(dtype, 0)
+            places[name].append(_Leaf(dtype, first, tuple(tensor.shape)))
+            sizes[dtype] = first + -(-capacity * math.prod(tensor.shape) // of_page) * of_page
+    return places, {dtype: size + PAGE // jnp.dtype(dtype).itemsize for dtype, size in sizes.items()}
+
+
+def _zeros(sizes: dict[str, int]) -> dict[str, jax.Array]:
+    return {dtype: jnp.zeros(size, dtype) for dtype, size in sizes.items()}
