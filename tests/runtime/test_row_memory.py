@@ -45,6 +45,12 @@ def addresses(values):
     return {leaf.ctypes.data for part in values.parts for leaf in part.leaves}
 
 
+def room_of(memory, capacity):
+    """The shape of a leaf's rows on each device, of memory that is taken for so many clients."""
+    scaled, *_ = memory.lend(memory.take(capacity))["federated_map_2"]
+    return [of_device.shape for of_device in scaled]
+
+
 def check(values, vectors, scale):
     stacked = values.stacked
     np.testing.assert_array_equal(stacked["scaled"], vectors * np.float32(scale))
@@ -98,6 +104,14 @@ def test_memory_that_nobody_holds_is_used_again(engine, cohort, vectors):
     check(third, vectors, 3)
 
 
+def test_rows_begin_at_pages(engine, cohort, vectors):
+    with fed.use(Local(engine.devices)):
+        values = work(cohort, 2)
+    assert len(values.parts) == len(engine.devices)
+    assert [leaf.ctypes.data % 4096 for part in values.parts for leaf in part.leaves] == [0] * 3 * len(values.parts)
+    check(values, vectors, 2)
+
+
 def test_no_more_is_kept_than_a_little(engine, cohort, vectors, monkeypatch):
     monkeypatch.setattr(rows, "_KEPT", int(2.5 * 6 * LENGTH * CLIENTS))  # float32 and bfloat16 of two rounds
     with fed.use(Local(engine.devices)) as context:
@@ -122,10 +136,10 @@ def test_rows_of_another_capacity_are_not_taken(engine, cohort):
         work(cohort, 1)
         ((_, _, memory),) = context.engine._programs.values()
         small = memory.take(30)
-        assert memory.take(50)["federated_map_2"][0].shape == (50 * len(engine.devices), LENGTH)
+        assert room_of(memory, 50) == [(50, LENGTH)] * len(engine.devices)
         memory.lend(small)  # and dropped at once, as the first chunk is when the second is larger
-        assert memory.take(50)["federated_map_2"][0].shape == (50 * len(engine.devices), LENGTH)
-        assert memory.take(30)["federated_map_2"][0].shape == (30 * len(engine.devices), LENGTH)
+        assert room_of(memory, 50) == [(50, LENGTH)] * len(engine.devices)
+        assert room_of(memory, 30) == [(30, LENGTH)] * len(engine.devices)
 
 
 def test_what_is_handed_out_cannot_be_written_to(engine, cohort):

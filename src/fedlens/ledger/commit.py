@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fedlens.ledger import checksums, durable, encodings, folder, measure, table
 from fedlens.ledger.delivery import Delivery, MeasuredPart
 from fedlens.ledger.format import Run
 from fedlens.ledger.measure import PerRow
-from fedlens.ledger.records import ClientPart, RoundRecord
+from fedlens.ledger.records import ClientPart
 from fedlens.ledger.table import NOT_KEPT, ClientRows
 from fedlens.ledger.tensorfile import AnyArray
 
@@ -34,25 +35,16 @@ _BLOCK = 1 << 20  # bytes of clients' rows that are encoded, checksummed and wri
 _Again = Callable[[int], Iterator[tuple[int, AnyArray]]]
 
 
-def write_round(path: Path, run: Run, record: RoundRecord) -> None:
-    """Writes and commits one checked round, and removes the checkpoints before it.
-
-    Raises:
-      OSError: what the operating system reports; the round may then be torn.
-    """
-    this = RoundWriter(path, run, record.round, record.global_weights)
-    if record.parts:
-        this.add(record.parts)
-    this.commit(record.metrics, record.checkpoint, record.dropped)
-
-
 class RoundWriter:
     """Writes one round: `add` for each delivery of clients, then `commit`, or `discard`. What it takes was checked."""
 
-    def __init__(self, path: Path, run: Run, number: int, global_weights: Sequence[AnyArray]) -> None:
-        """Starts round `number`; nothing is written yet."""
+    def __init__(
+        self, path: Path, run: Run, number: int, global_weights: Sequence[AnyArray], measuring: Executor
+    ) -> None:
+        """Starts round `number`; nothing is written yet. Clients are measured by a thread of `measuring`."""
         self._path, self._run, self._number = path, run, int(number)
         self._global = [np.asarray(leaf) for leaf in global_weights]
+        self._measuring = measuring
         leaves, kept_leaves = run.leaves, set(run.kept_leaves)
         self._leaf_kept = np.array([leaf in kept_leaves for leaf in leaves], bool)
         self._leaf_scaled = np.array([leaf.encoding == encodings.INT8_DELTA for leaf in leaves], bool)
@@ -86,7 +78,7 @@ class RoundWriter:
         in_full = bool(whole.all())
         target = folder.weights_file(self._path, self._number, self._files)
         self._finish_file()
-        with delivery.measured():
+        with delivery.measured(self._measuring):
             self._begun = durable.begin_file(target, self._pieces(rows, whole), keep_cached=in_full and not held)
         self._products = delivery.products if self._files == 0 else None
         if self._files == 0:

@@ -9,9 +9,10 @@ longer.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from fedlens.ledger.records import ClientPart
 from fedlens.ledger.tensorfile import AnyArray
 from fedlens.memory import reused
 
-WORTH_A_THREAD = 1 << 20  # bytes; less is measured sooner than a thread is started
+WORTH_A_THREAD = 1 << 20  # bytes; less is measured sooner than it is handed to a thread
 
 
 @dataclass(frozen=True)
@@ -68,27 +69,22 @@ class Delivery:
         self._checksummed = checksummed
 
     @contextlib.contextmanager
-    def measured(self) -> Iterator[None]:
-        """Measures all leaves while the body runs, which must not read what is measured."""
-        if sum(leaf.nbytes for part in self.parts for leaf in part.weights) < WORTH_A_THREAD:
+    def measured(self, beside: Executor) -> Iterator[None]:
+        """Measures all leaves while the body runs, which must not read what is measured; much by a thread of `beside`."""
+        measuring = None
+        if sum(leaf.nbytes for part in self.parts for leaf in part.weights) >= WORTH_A_THREAD:
+            with contextlib.suppress(RuntimeError):  # the interpreter is about to end, which starts no more work
+                measuring = beside.submit(self._measure)
+        if measuring is None:
             self._measure()
             yield
         else:
-            with self._measured_beside():
-                yield
-        self._leave_out_nonfinite()
-
-    @contextlib.contextmanager
-    def _measured_beside(self) -> Iterator[None]:
-        with ThreadPoolExecutor(1, "fedlens-ledger-measure") as beside:
             try:
-                measuring = beside.submit(self._measure)
-            except RuntimeError:  # the interpreter is about to end, which starts no more threads
-                self._measure()
                 yield
-            else:
-                yield
-                measuring.result()
+            finally:
+                concurrent.futures.wait([measuring])  # it reads arrays that its caller may give up
+            measuring.result()
+        self._leave_out_nonfinite()
 
     def by_part(self) -> list[MeasuredPart]:
         """What is measured of each part: views."""

@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 from fedlens.errors import LedgerError
 from fedlens.ledger.format import Leaf, Run, check_text
 from fedlens.ledger.measure import Clients
-from fedlens.ledger.tensorfile import AnyArray, dtype_of
+from fedlens.ledger.tensorfile import AnyArray, dtype_of, name_of
 
 PerClient = Shaped[np.ndarray, " clients"]  # a number for each client
 
@@ -111,7 +111,7 @@ class RoundCheck:
                 )
             check_text(name, f"the checkpoint of {self._where}")
             try:
-                dtype_of(np.asarray(array).dtype.name)
+                dtype_of(name_of(np.asarray(array).dtype))
             except LedgerError as error:
                 raise LedgerError(f"{error} In {name!r} of the checkpoint of {self._where}.") from None
         for name, value in metrics.items():
@@ -123,24 +123,13 @@ class RoundCheck:
                 raise LedgerError(f"Expected a client of {self._where}, found {client!r}, among those left out.")
 
 
-def check(record: RoundRecord, run: Run) -> None:
-    """Checks that a round fits its run.
-
-    Raises:
-      LedgerError: a leaf, id, metric or count that does not; the message names part, client, leaf or metric.
-    """
-    this = RoundCheck(record.round, run)
-    this.global_weights(record.global_weights)
-    this.clients(record.parts)
-    this.end(record.metrics, record.checkpoint, record.dropped)
-
-
 def _check_leaves(arrays: Sequence[AnyArray], leaves: Sequence[Leaf], axes: tuple[int, ...], where: str) -> None:
     if len(arrays) != len(leaves):
         raise LedgerError(f"Expected {len(leaves)} leaves, found {len(arrays)}, in {where}.")
     for array, leaf in zip(arrays, leaves, strict=True):
         expected = (*axes, *leaf.shape)
-        found = (getattr(array, "shape", None), getattr(getattr(array, "dtype", None), "name", type(array).__name__))
+        dtype = getattr(array, "dtype", None)
+        found = getattr(array, "shape", None), type(array).__name__ if dtype is None else name_of(dtype)
         if found != (expected, leaf.dtype):
             raise LedgerError(
                 f"Expected {leaf.dtype}{list(expected)}, found {found[1]}{list(found[0] or ())}, "
@@ -158,9 +147,10 @@ def _check_part(part: ClientPart, leaves: Sequence[Leaf], where: str) -> None:
     if np.asarray(part.positions).dtype.kind not in "iu" or (clients and np.min(part.positions) < 0):
         raise LedgerError(f"Expected positions from 0, found {part.positions!r}, in {where}.")
     counts = np.asarray(part.num_examples).astype(np.float64)
-    for client, count in zip(part.ids, counts, strict=True):
-        if not (count >= 0 and count == np.floor(count) and count < 2**63):
-            raise LedgerError(f"Expected a number of examples, found {count}, in client {client!r} of {where}.")
+    wrong = np.flatnonzero(~((counts >= 0) & (counts == np.floor(counts)) & (counts < 2**63)))
+    if len(wrong):
+        count, client = counts[wrong[0]], part.ids[wrong[0]]
+        raise LedgerError(f"Expected a number of examples, found {count}, in client {client!r} of {where}.")
     for name, column in part.metrics.items():
         if metric_dtype(column) is None:
             raise LedgerError(f"Expected numbers, found {np.asarray(column).dtype}, in metric {name!r} of {where}.")
@@ -169,7 +159,7 @@ def _check_part(part: ClientPart, leaves: Sequence[Leaf], where: str) -> None:
 def metric_dtype(column: PerClient) -> np.dtype[np.generic] | None:
     """The dtype of a metric's column in the table: bool, int64, uint64 or float64; None for what is no number."""
     dtype = np.asarray(column).dtype
-    if dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+    if name_of(dtype) in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
         return np.dtype(np.float64)
     return {"b": np.dtype(bool), "i": np.dtype(np.int64), "u": np.dtype(np.uint64), "f": np.dtype(np.float64)}.get(
         dtype.kind

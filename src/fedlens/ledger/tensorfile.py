@@ -79,6 +79,12 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(name).newbyteorder("<")
 
 
+@functools.cache
+def name_of(dtype: Any) -> str:
+    """The name of a dtype, which NumPy takes some microseconds to make up."""
+    return str(dtype.name)
+
+
 def as_bytes(array: AnyArray) -> Bytes:
     """The memory of `array` in row-major, little-endian order: a view, unless the array lies otherwise in memory."""
     plain = np.ascontiguousarray(array, dtype=_in_files(array.dtype))
@@ -87,7 +93,7 @@ def as_bytes(array: AnyArray) -> Bytes:
 
 @functools.cache
 def _in_files(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return dtype_of(dtype.name)  # NumPy takes some microseconds to make up a dtype's name
+    return dtype_of(name_of(dtype))
 
 
 def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
@@ -123,7 +129,7 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, l
 def whole_file(tensors: Mapping[str, AnyArray]) -> list[bytes | Bytes]:
     """The pieces of a file that holds `tensors`, in order."""
     arrays = {name: np.asarray(array) for name, array in tensors.items()}
-    start, order = layout({name: (array.dtype.name, array.shape) for name, array in arrays.items()})
+    start, order = layout({name: (name_of(array.dtype), array.shape) for name, array in arrays.items()})
     return [start, *(as_bytes(arrays[name]) for name in order)]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,6 +52,7 @@ class LedgerWriter:
         self._committed = committed[-1] if committed else None
         self._next = 0 if self._committed is None else self._committed + 1
         self._work = Handover("fedlens-ledger")
+        self._measuring = ThreadPoolExecutor(1, "fedlens-ledger-measure")
         self._round: RoundWriter | None = None
         self._check: RoundCheck | None = None
         self._begun = self._next
@@ -174,7 +176,7 @@ class LedgerWriter:
         with self._named():
             check.global_weights(global_weights)
         self._check, self._begun = check, int(number)
-        self._round = RoundWriter(self.path, self.run, self._begun, global_weights)
+        self._round = RoundWriter(self.path, self.run, self._begun, global_weights, self._measuring)
 
     def add(self, parts: Sequence[ClientPart]) -> None:
         """Hands over some clients of the round; they share one file. Waits as `record` does.
@@ -241,6 +243,7 @@ class LedgerWriter:
             self.discard()
             self._closed = True
             self._work.close()
+            self._measuring.shutdown()
             os.close(self._lock)
         if not self._reported:
             self._raise_failure()

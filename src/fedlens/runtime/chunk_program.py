@@ -29,7 +29,7 @@ from fedlens.language.types import tensor_types
 from fedlens.runtime import checks, reductions
 from fedlens.runtime.columns import Layout
 from fedlens.runtime.interpreter import inline, run_step
-from fedlens.runtime.rows import Rows, write
+from fedlens.runtime.rows import Memory, Starts, write
 
 AXIS = "clients"
 
@@ -42,7 +42,7 @@ Watch = Literal["nothing", "sums", "clients", "drop"]
 # client, see `checks`; "passed" is whether all clients passed, to be asked again with "clients" if not.
 _Seen = dict[str, jax.Array]
 _Leaves = dict[str, list[jax.Array]]  # output -> its leaves
-_Carry = tuple[dict[str, Any], _Leaves | Rows, _Seen]  # accumulators, rows of outputs
+_Carry = tuple[dict[str, Any], _Leaves | Memory, _Seen]  # accumulators, rows of outputs
 
 
 def run_chunk(
@@ -56,8 +56,9 @@ def run_chunk(
     counts: Int[Array, " devices"],
     watch: Watch,
     alone: bool,
-    memory: Rows | None,
-) -> tuple[Any, _Leaves | Rows, _Seen]:
+    memory: Memory | None,
+    starts: Starts | None,
+) -> tuple[Any, _Leaves | Memory, _Seen]:
     """The program of a client stage over one chunk.
 
     Args:
@@ -72,6 +73,7 @@ def run_chunk(
       watch: what to look for infinities in.
       alone: whether there is no other chunk, so that the accumulators can be turned into results at once.
       memory: where to write the outputs to, see `RowMemory`; None makes room for them.
+      starts: where in it the rows begin.
 
     Returns:
       The accumulators, or if `alone` what `results` makes of them; the outputs, [devices * capacity, *leaf], or `memory`
@@ -79,7 +81,7 @@ def run_chunk(
     """
 
     def share(
-        shared: dict[str, Any], packed: list[list[jax.Array]], counts: jax.Array, memory: Rows | None
+        shared: dict[str, Any], packed: list[list[jax.Array]], counts: jax.Array, memory: Any, starts: Any
     ) -> Any:
         start = (
             {step.name: reductions.zeros(step, shared, inline) for step in stage.reductions},
@@ -87,10 +89,11 @@ def run_chunk(
             _nothing_seen(stage, watch, capacity),
         )
         of_client = partial(_client, stage, layouts, shared, packed)
+        put = None if starts is None else partial(write, stage, capacity, starts)
         if group == 1:
-            body, steps = partial(_one_client, stage, capacity, watch, of_client, shared), counts[0]
+            body, steps = partial(_one_client, stage, watch, of_client, put, shared), counts[0]
         else:
-            body = partial(_one_group, stage, capacity, watch, of_client, shared, group, counts[0])
+            body = partial(_one_group, stage, watch, of_client, put, shared, group, counts[0])
             steps = -(-counts[0] // group)
         sums, rows, seen = lax.fori_loop(jnp.int32(0), steps, body, start)
         total = _merge_devices(stage, shared, sums, mesh.size)
@@ -103,10 +106,10 @@ def run_chunk(
     total, rows, seen = jax.shard_map(
         noted(share),
         mesh=mesh,
-        in_specs=(everywhere, spread, spread, spread),
+        in_specs=(everywhere, spread, spread, spread, spread),
         out_specs=(everywhere, spread, spread),
         check_vma=False,
-    )(shared, packed, counts, memory)
+    )(shared, packed, counts, memory, starts)
     return noted(partial(results, stage))(total, shared) if alone else total, rows, seen
 
 
@@ -138,9 +141,9 @@ def _client(
 
 def _one_client(
     stage: ClientStage,
-    capacity: int,
     watch: Watch,
     of_client: Callable[..., Any],
+    put: Callable[..., Any] | None,
     shared: dict[str, Any],
     position: jax.Array,
     carry: _Carry,
@@ -156,16 +159,16 @@ def _one_client(
         added = jax.tree.map(lambda new, old: jnp.where(look["finite"].all(), new, old), added, sums)
     if "passed" in look:
         seen = {**seen, "passed": seen["passed"] & look.pop("passed")}
-    put = partial(jax.tree.map, lambda buffer, leaf: lax.dynamic_update_index_in_dim(buffer, leaf, position, 0))
-    rows = put(rows, outputs) if isinstance(rows, dict) else write(stage, capacity, rows, outputs, position)
-    return added, rows, seen | put({name: seen[name] for name in look}, look)
+    in_rows = partial(jax.tree.map, lambda buffer, leaf: lax.dynamic_update_index_in_dim(buffer, leaf, position, 0))
+    rows = in_rows(rows, outputs) if put is None else put(rows, outputs, position)
+    return added, rows, seen | in_rows({name: seen[name] for name in look}, look)
 
 
 def _one_group(
     stage: ClientStage,
-    capacity: int,
     watch: Watch,
     of_client: Callable[..., Any],
+    put: Callable[..., Any] | None,
     shared: dict[str, Any],
     group: int,
     count: jax.Array,
@@ -187,9 +190,9 @@ def _one_group(
         step.name: reductions.accumulate_group(step, sums[step.name], operand, counted, shared, inline)
         for step, operand in zip(stage.reductions, operands, strict=True)
     }
-    put = partial(jax.tree.map, lambda buffer, leaves: lax.dynamic_update_slice_in_dim(buffer, leaves, first, 0))
-    rows = put(rows, outputs) if isinstance(rows, dict) else write(stage, capacity, rows, outputs, first)
-    return added, rows, seen | put({name: seen[name] for name in look}, look)
+    in_rows = partial(jax.tree.map, lambda buffer, leaves: lax.dynamic_update_slice_in_dim(buffer, leaves, first, 0))
+    rows = in_rows(rows, outputs) if put is None else put(rows, outputs, first)
+    return added, rows, seen | in_rows({name: seen[name] for name in look}, look)
 
 
 def _look(stage: ClientStage, watch: Watch, operands: list[Any], bounded: tuple[jax.Array, jax.Array]) -> _Seen:

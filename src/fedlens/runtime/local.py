@@ -125,21 +125,21 @@ class Local:
         outputs: dict[str, list[Part]] = {name: [] for name in stage.outputs} if sink is None else {}
         dropped: list[np.ndarray] = []
         total: Any = None
-        computing: tuple[list[Share], Any, Callable[..., Any], int] | None = None
+        computing: tuple[list[Share], Any, Callable[..., Any], Rows | None] | None = None
 
-        def take(shares: list[Share], results: Any, compute: Callable[..., Any], capacity: int) -> None:
+        def take(shares: list[Share], results: Any, compute: Callable[..., Any], room: Rows | None) -> None:
             """Hands out what a chunk computed; called when the next one is under way."""
             rows, seen, sums = results
             jax.block_until_ready(sums)  # no more than two chunks under way: JAX 0.10 deadlocked on many
             if on_nonfinite == "drop":
                 dropped.append(_check_chunk(stage, cohort.ids, shares, seen, on_nonfinite))
             if "passed" in seen and not to_host(seen["passed"]).all():
-                *_, of_clients = compute("clients", alone, memory.take(capacity))  # once more, to see whose it was
+                *_, of_clients = compute("clients", alone, None, None)  # once more, to see whose it was
                 _check_chunk(stage, cohort.ids, shares, of_clients, on_nonfinite)
-            if isinstance(rows, Rows):
-                arrays = memory.lend(rows, capacity)
-            else:
+            if room is None:
                 arrays = {name: self._of_devices(rows[name]) for name in stage.outputs}
+            else:
+                arrays = memory.lend(room._replace(memory=rows))
             parts = {name: _parts(shares, arrays[name]) for name in stage.outputs}
             if sink is not None:
                 sink(parts)
@@ -161,11 +161,12 @@ class Local:
                     capacity = max(-(-bucket(max(len(share) for share in shares)) // group) * group, capacity)
                     packed, counts, layouts = self._pack(stage, cohort, shares, capacity, group)
                 compute = partial(run_chunk, capacity, group, layouts, held, packed, counts)
-                sums, rows, seen = compute(_WATCH[on_nonfinite], alone, memory.take(capacity))
+                room = memory.take(capacity)
+                sums, rows, seen = compute(_WATCH[on_nonfinite], alone, *(room or (None, None))[:2])
                 total = sums if total is None else finish.merge(total, sums, read_after)
                 if computing is not None:
                     take(*computing)
-                computing = shares, (rows, seen, sums), compute, capacity
+                computing = shares, (rows, seen, sums), compute, room
             # Under way while the last chunk is awaited.
             results, fits = total if alone else finish.finish(total, read_after)
 

@@ -34,16 +34,8 @@ _WORTH_KEEPING = 1 << 20  # bytes; for less the program makes its own
 _KEPT = 128 << 20
 
 
-class Rows(NamedTuple):
-    """Memory for rows, by dtype.
-
-    Attributes:
-      memory: dtype -> its numbers, spread over the devices; what is in them is undefined before they are written.
-      starts: dtype -> the number at which the first rows begin, of each device.
-    """
-
-    memory: dict[str, Shaped[Array, " numbers"]]
-    starts: dict[str, Int[Array, " devices"]]
+Memory = dict[str, Shaped[Array, " numbers"]]  # dtype -> its numbers, spread over the devices
+Starts = dict[str, Int[Array, " devices"]]  # dtype -> the number at which the first rows begin, of each device
 
 
 class _Leaf(NamedTuple):
@@ -54,29 +46,52 @@ class _Leaf(NamedTuple):
     shape: tuple[int, ...]
 
 
+_Places = dict[str, list[_Leaf]]  # output -> its leaves
+
+
+class Rows(NamedTuple):
+    """Memory for the rows of `capacity` clients of each device; what is in it is undefined before it is written.
+
+    Attributes:
+      memory: to be donated to the program that writes it.
+      starts: where in it the rows begin.
+      known: the same on the host.
+      places: where each leaf is.
+      capacity: how many clients.
+    """
+
+    memory: Memory
+    starts: Starts
+    known: Mapping[str, Sequence[int]]
+    places: _Places
+    capacity: int
+
+
 def write(
     stage: ClientStage,
     capacity: int,
-    rows: Rows,
+    starts: Starts,
+    memory: Memory,
     outputs: Mapping[str, Sequence[jax.Array]],
     client: jax.Array,
-) -> Rows:
+) -> Memory:
     """Writes outputs of a client of this device, or of several from `client` on; for a program to be traced.
 
     Args:
       stage: whose outputs they are.
-      capacity: for how many clients of each device the rows are.
-      rows: those of one device.
+      capacity: for how many clients of each device there are rows.
+      starts: where those of this device begin.
+      memory: this device's.
       outputs: output -> its leaves, each [*leaf] or [clients, *leaf].
       client: the place of the client among those of this device.
     """
     places, _ = _places(stage, capacity)
-    memory = dict(rows.memory)
+    written = dict(memory)
     for name, leaves in outputs.items():
         for (dtype, first, shape), leaf in zip(places[name], leaves, strict=True):
-            start = rows.starts[dtype][0] + first + client * math.prod(shape)
-            memory[dtype] = lax.dynamic_update_slice_in_dim(memory[dtype], leaf.ravel(), start, 0)
-    return Rows(memory, rows.starts)
+            start = starts[dtype][0] + first + client * math.prod(shape)
+            written[dtype] = lax.dynamic_update_slice_in_dim(written[dtype], leaf.ravel(), start, 0)
+    return written
 
 
 class RowMemory:
@@ -89,7 +104,8 @@ class RowMemory:
         self._by_device = by_device
         self._in_place = in_place
         self._capacity = 0
-        self._fresh: Callable[[], dict[str, jax.Array]]
+        self._places: _Places = {}
+        self._fresh: Callable[[], Memory]
         self._spare: list[Rows] = []
 
     def take(self, capacity: int) -> Rows | None:
@@ -97,7 +113,7 @@ class RowMemory:
         if not self._in_place or not _WORTH_KEEPING <= self._bytes * capacity * self._by_device.num_devices <= _KEPT:
             return None
         if capacity != self._capacity:
-            _, sizes = _places(self._stage, capacity)
+            self._places, sizes = _places(self._stage, capacity)
             of_all = {dtype: size * self._by_device.num_devices for dtype, size in sizes.items()}
             self._fresh = jax.jit(partial(_zeros, of_all), out_shardings=self._by_device)
             self._capacity, self._spare = capacity, []
@@ -106,39 +122,42 @@ class RowMemory:
         except IndexError:
             return self._placed(self._fresh())
 
-    def lend(self, rows: Rows, capacity: int) -> dict[str, list[list[Shaped[np.ndarray, "capacity *leaf"]]]]:
-        """What a program wrote into rows for `capacity` clients: output -> for each leaf the array of each device.
+    def lend(self, rows: Rows) -> dict[str, list[list[Shaped[np.ndarray, "capacity *leaf"]]]]:
+        """What a program wrote: output -> for each leaf the array of each device.
 
         They are read where they lie. The rows are spare again when none of these arrays, and no view of one, is left.
         """
-        places, _ = _places(self._stage, capacity)
-        starts = {dtype: np.asarray(start).tolist() for dtype, start in rows.starts.items()}
         lease = _Lease()
+        pieces = {dtype: self._of_devices(spread) for dtype, spread in rows.memory.items()}
         lent = {
             name: [
                 [
-                    _lent(rows.memory[leaf.dtype].addressable_data(device), start + leaf.first, (capacity, *leaf.shape), lease)
-                    for device, start in enumerate(starts[leaf.dtype])
+                    _lent(piece, start + leaf.first, (rows.capacity, *leaf.shape), lease)
+                    for piece, start in zip(pieces[leaf.dtype], rows.known[leaf.dtype], strict=True)
                 ]
                 for leaf in leaves
             ]
-            for name, leaves in places.items()
+            for name, leaves in rows.places.items()
         }
         # Later chunks may have asked for another capacity in the meantime.
-        spare = self._spare if capacity == self._capacity else []
+        spare = self._spare if rows.capacity == self._capacity else []
         weakref.finalize(lease, _give_back, spare, rows).atexit = False
         return lent
 
-    def _placed(self, memory: dict[str, jax.Array]) -> Rows:
+    def _placed(self, memory: Memory) -> Rows:
         """Fresh memory, in huge pages where there are some, and where its rows begin."""
-        starts = {}
+        known = {}
         for dtype, spread in memory.items():
-            pieces = [np.asarray(spread.addressable_data(number)) for number in range(self._by_device.num_devices)]
+            pieces = self._of_devices(spread)
             for piece in pieces:
                 in_huge_pages(piece)
-            first = [-piece.ctypes.data % PAGE // piece.itemsize for piece in pieces]
-            starts[dtype] = jax.device_put(np.array(first, np.int32), self._by_device)
-        return Rows(memory, starts)
+            known[dtype] = [-piece.ctypes.data % PAGE // piece.itemsize for piece in pieces]
+        starts = {dtype: jax.device_put(np.array(start, np.int32), self._by_device) for dtype, start in known.items()}
+        return Rows(memory, starts, known, self._places, self._capacity)
+
+    def _of_devices(self, spread: jax.Array) -> list[np.ndarray]:
+        """The piece of each device, read where it lies."""
+        return [np.asarray(spread.addressable_data(number)) for number in range(self._by_device.num_devices)]
 
 
 class _Lease:
@@ -153,8 +172,8 @@ class _Lent:
         self.held = array, lease
 
 
-def _lent(piece: jax.Array, start: int, shape: tuple[int, ...], lease: _Lease) -> np.ndarray:
-    array = np.asarray(piece)[start : start + math.prod(shape)].reshape(shape)
+def _lent(piece: np.ndarray, start: int, shape: tuple[int, ...], lease: _Lease) -> np.ndarray:
+    array = piece[start : start + math.prod(shape)].reshape(shape)
     return np.asarray(_Lent(array, lease)).view(array.dtype)  # the interface knows NumPy's own dtypes alone
 
 
@@ -164,10 +183,10 @@ def _give_back(spare: list[Rows], rows: Rows) -> None:
         spare.append(rows)
 
 
-def _places(stage: ClientStage, capacity: int) -> tuple[dict[str, list[_Leaf]], dict[str, int]]:
+def _places(stage: ClientStage, capacity: int) -> tuple[_Places, dict[str, int]]:
     """Where on a device each output's leaves are, and how many numbers of each dtype a device has room for."""
     sizes: dict[str, int] = {}
-    places: dict[str, list[_Leaf]] = {}
+    places: _Places = {}
     for name, type_ in zip(stage.outputs, stage.output_types, strict=True):
         places[name] = []
         for tensor in tensor_types(type_):
@@ -178,5 +197,5 @@ def _places(stage: ClientStage, capacity: int) -> tuple[dict[str, list[_Leaf]], 
     return places, {dtype: size + PAGE // jnp.dtype(dtype).itemsize for dtype, size in sizes.items()}
 
 
-def _zeros(sizes: dict[str, int]) -> dict[str, jax.Array]:
+def _zeros(sizes: dict[str, int]) -> Memory:
     return {dtype: jnp.zeros(size, dtype) for dtype, size in sizes.items()}
