@@ -140,15 +140,17 @@ def test_norms_and_inner_products_of_any_magnitude(data, exponent):
     numbers = st.floats(-1, 1, width=16)
     reference = (data.draw(hnp.arrays(np.float64, shape[1], elements=numbers)) * 10.0**exponent).astype(np.float32)
     local = (data.draw(hnp.arrays(np.float64, shape, elements=numbers)) * 10.0**exponent).astype(np.float32)
-    examples = data.draw(hnp.arrays(np.float64, shape[0], elements=st.integers(0, 100)))
+    shares = data.draw(hnp.arrays(np.float64, shape[0], elements=st.integers(0, 128))) / 128
     updates = local.astype(np.float64) - reference.astype(np.float64)
-    squares, total, together = np.zeros(shape[0]), np.zeros(shape[1]), np.zeros(shape[0])
-    measure.measure([local], reference, examples, squares, total, together)
+    squares, sums, together = np.zeros(shape[0]), measure.Total(reference), np.zeros(shape[0])
+    measure.measure([local], reference, shares, squares, sums, together)
+    total = sums.sum.astype(np.float64)
     # float32 rounds each difference to 2**-24 of itself, or to a step of its subnormal numbers
     np.testing.assert_allclose(np.sqrt(squares), np.linalg.norm(updates, axis=1), rtol=1e-6, atol=1e-44)
     np.testing.assert_allclose(
-        total, examples @ updates, rtol=0, atol=1e-6 * np.abs(examples @ np.abs(updates)).max() + 1e-42
+        total, shares @ updates, rtol=0, atol=1e-6 * np.abs(shares @ np.abs(updates)).max() + 1e-42
     )
+    np.testing.assert_allclose(sums.squared_norm(), total @ total, rtol=1e-6, atol=1e-88)
     products = measure.projections(local, reference, total)
     bound = 1e-6 * np.linalg.norm(updates, axis=1) * np.linalg.norm(total) + 1e-80
     assert (np.abs(products - updates @ total) <= bound).all()

@@ -9,6 +9,7 @@ once more when they end, small ones from memory, others from the files.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -56,7 +57,9 @@ class RoundWriter:
         self._scratch: list[Path] = []
         self._cached: list[Path] = []
         self._begun: durable.Begun | None = None  # the last file of weights
-        self._total: list[AnyArray] = []  # the weighted sum of the updates, leaf by leaf; none before the first file
+        # The weighted sum of the updates divided by the scale, leaf by leaf; nothing before the first file.
+        self._totals: list[measure.Total] = []
+        self._scale = 1.0
         self._weight = 0.0
         self._products: PerRow | None = None  # of each client's update and the sum of all; None if not known
 
@@ -82,10 +85,11 @@ class RoundWriter:
             self._begun = durable.begin_file(target, self._pieces(rows, whole), keep_cached=in_full and not held)
         self._products = delivery.products if self._files == 0 else None
         if self._files == 0:
-            self._total = delivery.sums
+            self._totals, self._scale = delivery.totals, delivery.scale
         else:
-            for total, of_delivery in zip(self._total, delivery.sums, strict=True):
-                total += of_delivery
+            before, self._scale = self._scale, 1.0
+            for total, of_delivery in zip(self._totals, delivery.totals, strict=True):
+                total.sum = before * total.sum.astype(np.float64) + delivery.scale * of_delivery.sum
         self._weight += float(delivery.weights.sum())
         if held:
             self._held += size
@@ -111,7 +115,7 @@ class RoundWriter:
         if not self._weight:
             return [np.zeros(measure.width(leaf)) for leaf in self._global]
         with np.errstate(all="ignore"):
-            return [total / self._weight for total in self._total]
+            return [total.sum.astype(np.float64) * (self._scale / self._weight) for total in self._totals]
 
     def commit(
         self, metrics: Mapping[str, float], checkpoint: Mapping[str, AnyArray], dropped: Collection[str]
@@ -233,9 +237,7 @@ class RoundWriter:
 
     def _with_cosines(self) -> list[ClientRows]:
         """The rows with the cosine of each client's update and the mean update."""
-        with np.errstate(all="ignore"):
-            # Not by BLAS, whose threads would take turns with those that train.
-            length = float(np.sqrt(sum(float(np.einsum("i,i", total, total)) for total in self._total)))
+        length = math.sqrt(sum(total.squared_norm() for total in self._totals))
         if not (0 < length < np.inf):
             return self._rows
         starts = np.cumsum([len(each.of.ids) for each in self._rows])[:-1]
@@ -252,9 +254,10 @@ class RoundWriter:
     def _products_of(self, again: _Again, clients: int) -> PerRow:
         """The inner product of each client's update with the weighted sum of all updates, which the mean is along."""
         products = np.zeros(clients)
-        for place, (reference, total) in enumerate(zip(self._global, self._total, strict=True)):
+        for place, (reference, total) in enumerate(zip(self._global, self._totals, strict=True)):
+            direction = total.sum.astype(np.float64)
             for first, block in again(place):
-                products[first : first + len(block)] += measure.projections(block, reference, total)
+                products[first : first + len(block)] += measure.projections(block, reference, direction)
         return products
 
     def _whole(self, parts: Sequence[ClientPart]) -> Iterator[Any]:

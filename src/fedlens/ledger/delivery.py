@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import math
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from fedlens.ledger import measure
 from fedlens.ledger.measure import Clients, PerRow
 from fedlens.ledger.records import ClientPart
 from fedlens.ledger.tensorfile import AnyArray
-from fedlens.memory import reused
 
 WORTH_A_THREAD = 1 << 20  # bytes; less is measured sooner than it is handed to a thread
 
@@ -48,9 +48,10 @@ class Delivery:
     Attributes:
       parts: the clients, in the order in which they are stored.
       weights: how many examples each has, which weights it in the sums; 0 for who was left out.
+      scale: what the weights are divided by in the sums, at least the largest.
       squares: squared norms of their updates, [clients, leaves].
       checksums: of their leaves as they are, [clients, leaves]; 0 where nobody asked for them.
-      sums: of each leaf the weighted sum of the updates, flat, complex numbers as pairs.
+      totals: of each leaf the weighted sum of the updates, divided by `scale`; complex numbers as pairs.
       products: the inner product of each client's update with the sum of all, over all leaves; None if there are too
         many clients to know it in one pass, or if somebody was left out.
     """
@@ -62,7 +63,8 @@ class Delivery:
         self.parts = parts
         self.weights: PerRow = np.concatenate([np.zeros(0), *(np.asarray(part.num_examples) for part in parts)])
         self.squares: Float64[np.ndarray, "clients leaves"] = np.zeros((len(self.weights), len(global_weights)))
-        self.sums = [_zeros(measure.width(leaf)) for leaf in global_weights]
+        self.scale = 2.0 ** math.frexp(self.weights.max(initial=0.0))[1]  # a power of two: nothing is rounded
+        self.totals = [measure.Total(leaf) for leaf in global_weights]
         self.products = np.zeros(len(self.weights)) if len(self.weights) <= measure.TOGETHER else None
         self.checksums: UInt32[np.ndarray, "clients leaves"] = np.zeros(self.squares.shape, np.uint32)
         self._global = global_weights
@@ -93,12 +95,13 @@ class Delivery:
         return [MeasuredPart(*of_part) for of_part in measured]
 
     def _measure(self) -> None:
-        for place, (reference, total) in enumerate(zip(self._global, self.sums, strict=True)):
+        shares = self.weights / self.scale
+        for place, (reference, total) in enumerate(zip(self._global, self.totals, strict=True)):
             stacks = [np.asarray(part.weights[place]) for part in self.parts]
             for rows, together in _together(stacks):
                 squares, products = self.squares[rows, place], None if self.products is None else self.products[rows]
                 checksums = self.checksums[rows, place] if place in self._checksummed else None
-                measure.measure(together, reference, self.weights[rows], squares, total, products, checksums)
+                measure.measure(together, reference, shares[rows], squares, total, products, checksums)
 
     def _leave_out_nonfinite(self) -> None:
         """Takes the clients that are not finite out of the sums, which are taken again if there are any."""
@@ -106,24 +109,18 @@ class Delivery:
         if finite.all():
             return
         self.weights = np.where(finite, self.weights, 0.0)
+        shares = self.weights / self.scale
         self.products = None
-        for place, (total, reference) in enumerate(zip(self.sums, self._global, strict=True)):
-            total[:] = 0
+        self.totals = [measure.Total(leaf) for leaf in self._global]
+        for place, (total, reference) in enumerate(zip(self.totals, self._global, strict=True)):
             start = 0
             for part in self.parts:
                 places = np.flatnonzero(finite[start : start + len(part.ids)])
                 for first in range(0, len(places), measure.TOGETHER):
                     chosen = places[first : first + measure.TOGETHER]
-                    local, weights = np.asarray(part.weights[place])[chosen], self.weights[start + chosen]
-                    measure.measure([local], reference, weights, np.zeros(len(chosen)), total)
+                    local = np.asarray(part.weights[place])[chosen]
+                    measure.measure([local], reference, shares[start + chosen], np.zeros(len(chosen)), total)
                 start += len(part.ids)
-
-
-def _zeros(size: int) -> Float64[np.ndarray, " numbers"]:
-    """Zeros in memory that was used before, as `np.zeros` are not: they cost a page fault every 4 KiB."""
-    array = reused((size,), np.dtype(np.float64))
-    array[:] = 0
-    return array
 
 
 def _together(stacks: Sequence[Clients]) -> Iterator[tuple[slice, list[Clients]]]:

@@ -39,12 +39,41 @@ def width(reference: AnyArray) -> int:
     return reference.size * (2 if reference.dtype.kind == "c" else 1)
 
 
+class Total:
+    """The weighted sum of a leaf's updates, in the dtype in which it is exact enough: float32 until float64 is added.
+
+    Attributes:
+      sum: [width(reference)].
+    """
+
+    def __init__(self, reference: AnyArray) -> None:
+        """Starts at zero."""
+        dtype = np.dtype(np.float32 if reference.dtype == np.float32 else np.float64)
+        self.sum = reused((width(reference),), dtype)  # fresh memory costs a page fault every 4 KiB
+        self.sum[:] = 0
+
+    def add(self, columns: slice, direction: AnyArray) -> None:
+        """Adds to some columns."""
+        if direction.dtype.itemsize > self.sum.dtype.itemsize:
+            self.sum = self.sum.astype(direction.dtype)
+        self.sum[columns] += direction
+
+    def squared_norm(self) -> float:
+        """The squared L2 norm of the sum."""
+        with np.errstate(all="ignore"):
+            squared = _inner(self.sum[None], self.sum)
+            if self.sum.dtype == np.float32 and not _are_sure(self.sum[None], squared):
+                wide = self.sum.astype(np.float64)
+                squared = _inner(wide[None], wide)
+        return float(squared[0])
+
+
 def measure(
     parts: Sequence[Clients],
     reference: AnyArray,
-    weights: PerRow,
+    shares: PerRow,
     squares: PerRow,
-    total: AnyArray,
+    total: Total,
     products: PerRow | None = None,
     checksums: Checksums | None = None,
 ) -> None:
@@ -53,29 +82,29 @@ def measure(
     Args:
       parts: the leaf, stacks of [clients, *leaf]; together at most `TOGETHER` clients.
       reference: the same leaf of the global model, [*leaf].
-      weights: of each client in the sum, not negative; [clients], those of all parts one after the other.
+      shares: the weight of each client in the sum, from 0 to 1, so that float32 has no less room; [clients], those of
+        all parts one after the other.
       squares: float64, [clients]; gets the squared norm of each client's update, its leaf minus the global one.
         Integers are subtracted exactly before they are rounded; a complex number counts by its modulus.
-      total: float64, [width(reference)]; gets the weighted sum of the updates.
+      total: gets the weighted sum of the updates.
       products: float64, [clients]; gets the inner product of each client's update with that sum. Means nothing if a
         client is not finite.
       checksums: uint32, [clients], zeros; gets the checksum of each client's leaf as it is.
 
     Example:
-      >>> squares, total, products = np.zeros(2), np.zeros(2), np.zeros(2)
+      >>> reference, squares, products = np.zeros(2, np.float32), np.zeros(2), np.zeros(2)
+      >>> total = Total(reference)
       >>> local = np.array([[3.0, 4.0], [0.0, 1.0]], np.float32)
-      >>> measure([local], np.zeros(2, np.float32), np.array([1.0, 2.0]), squares, total, products)
-      >>> squares, total, products
-      (array([25.,  1.]), array([3., 6.]), array([33.,  6.]))
+      >>> measure([local], reference, np.array([0.5, 1.0]), squares, total, products)
+      >>> squares, total.sum, products
+      (array([25.,  1.]), array([1.5, 3. ], dtype=float32), array([16.5,  3. ]))
     """
     stored: list[tuple[Any, Checksums]] = []
     if checksums is not None:
         contents = [as_bytes(part).reshape(len(part), reference.nbytes) for part in parts]
         stored += zip(contents, np.split(checksums, np.cumsum([len(part) for part in parts])[:-1]), strict=True)
     of_column = reference.nbytes // max(1, width(reference))  # bytes
-    largest = weights.max(initial=0.0)
-    shares = weights / largest if largest > 0 else weights  # at most 1, so that float32 has no less room
-    narrow_shares = shares.astype(np.float32)
+    has_weight, narrow_shares = bool(shares.any()), shares.astype(np.float32)
     # Overflow and infinities belong in the record as they are; they are no reason for a warning from the writer.
     with np.errstate(all="ignore"):
         for columns, update, again in _updates(parts, reference):
@@ -86,15 +115,15 @@ def measure(
                 update = again()
                 lengths = _inner(update, update)
             squares += lengths
-            if largest > 0:
+            if has_weight:
                 direction = _weighted_sum(narrow_shares if update.dtype == np.float32 else shares, update)
-                total[columns] += largest * direction
+                total.add(columns, direction)
                 if products is not None:
                     if update.dtype == np.float32 and not _are_sure(
                         direction[None], _inner(direction[None], direction)
                     ):
                         update = again()
-                    products += largest * _inner(update, direction.astype(update.dtype, copy=False))
+                    products += _inner(update, direction.astype(update.dtype, copy=False))
 
 
 def projections(local: Clients, reference: AnyArray, direction: AnyArray) -> PerRow:
