@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedlens.memory import HUGE_PAGE, aligned, in_place, is_aligned, reused, taken
+from fedlens.memory import HUGE_PAGE, aligned, in_huge_pages, in_place, is_aligned, reused, taken
 
 SHAPE = (3, 1 << 20)  # a size that no other test uses
 
@@ -83,3 +83,12 @@ def test_taken_is_fancy_indexing(dtype):
     assert is_aligned(found)
     assert np.array_equal(found, array[rows])
     assert taken(array, rows[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("numbers", [0, 1, 1000, (5 << 20) + 3])
+def test_in_huge_pages_memory_is_as_it_was(numbers):
+    array = np.random.default_rng(0).integers(0, 256, numbers, np.uint8)
+    before, address = array.copy(), array.ctypes.data
+    in_huge_pages(array)
+    assert array.ctypes.data == address
+    np.testing.assert_array_equal(array, before)

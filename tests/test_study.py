@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import os
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -67,6 +69,35 @@ def test_a_second_run_with_a_ledger_compiles_nothing(averaging, data, captured, 
     with compilations() as found:
         fed.run(averaging, data, rounds=ROUNDS, ledger=tmp_path / "again", progress=False)
     assert found == []
+
+
+def test_large_local_models_go_to_the_disk_from_where_the_devices_wrote_them(data, tmp_path, monkeypatch):
+    model = fed.models.from_functions(
+        init=lambda key: {"w": jnp.zeros((3, 2)), "large": jnp.ones((700, 512))},
+        apply=lambda weights, x: x @ weights["w"] * weights["large"].mean(),
+        inputs=data.element_type,
+        loss=fed.losses.cross_entropy,
+    )
+    sizes = []
+
+    def write(descriptor, memory, *, write=os.write):
+        sizes.append(len(memory))
+        return write(descriptor, memory)
+
+    monkeypatch.setattr(os, "write", write)
+    process = build_weighted_fed_avg(model, optax.sgd(0.3), batch_size=4)
+    fed.run(process, data, rounds=2, ledger=tmp_path / "run", progress=False)
+    devices = len(jax.local_devices())
+    of_device = [len(part) * 700 * 512 * 4 for part in np.array_split(np.arange(len(data.ids)), devices)]
+    if not set(of_device) & set(sizes):
+        pytest.skip("this file system has no direct files")
+    assert [sizes.count(size) for size in set(of_device)] == [2 * of_device.count(size) for size in set(of_device)]
+    state = process.initialize(0)
+    for number in range(2):
+        state, _, local_models = process.with_local_models().next(state, data.cohort(number))
+        stored = fed.Ledger(tmp_path / "run").round(number)
+        for client, local_model in local_models.items():
+            np.testing.assert_array_equal(stored[client].weights["large"], local_model.weights["large"])
 
 
 def test_the_loop_is_process_next(averaging, data, captured):

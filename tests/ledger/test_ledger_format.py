@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord
+from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord, tensorfile
 
 DTYPES = [
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -81,6 +81,31 @@ def test_safetensors_reads_weights_and_checkpoint(ledger_path, make_round):
     np.testing.assert_array_equal(checkpoint["state/key"], record.checkpoint["state/key"])
     assert checkpoint["round"].shape == ()
     assert checkpoint["round"] == 1
+
+
+def test_large_tensors_come_first_and_begin_at_a_block(tmp_path):
+    shapes = {"bias": (300,), "kernel": (700, 400), "half": (700, 800), "wide": (3,), "embedding": (900, 700)}
+    dtypes = {"half": np.float16, "wide": np.float64}
+    weights = {name: np.ones(shape, dtypes.get(name, np.float32)) for name, shape in shapes.items()}
+    leaves = [leaf[None] * np.arange(1, 4, dtype=leaf.dtype).reshape(3, *[1] * leaf.ndim) for leaf in weights.values()]
+    part = ClientPart(("ann", "bob", "cy"), np.arange(3), leaves, np.ones(3, int), {})
+    with LedgerWriter.create(tmp_path / "run", weights=weights, config={}, rounds=1) as writer:
+        writer.record(RoundRecord(0, list(weights.values()), [part], {}, {}))
+    path = tmp_path / "run/rounds/000000.safetensors"
+    slots = tensorfile.read_slots(path)
+    # Wide items first; among those of four bytes those of 1 MiB and more by size, then the others as they come.
+    assert [*slots][2:] == [
+        *("local/embedding", "local/kernel", "global/embedding", "global/kernel"),
+        *("global/bias", "local/bias", "local/half", "global/half"),
+    ]
+    assert {*[*slots][:2]} == {"global/wide", "local/wide"}
+    assert slots["local/embedding"].start % 4096 == 0
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    for name, tensor in load_file(path).items():
+        kind, leaf = name.split("/")
+        expected = weights[leaf] if kind == "global" else leaves[[*weights].index(leaf)]
+        np.testing.assert_array_equal(tensor, expected)
+    assert Ledger(tmp_path / "run").round(0)["cy"].weights["kernel"][0, 0] == 3
 
 
 def test_pyarrow_reads_the_table(ledger_path, make_round):

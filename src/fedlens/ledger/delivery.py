@@ -72,7 +72,10 @@ class Delivery:
 
     @contextlib.contextmanager
     def measured(self, beside: Executor) -> Iterator[None]:
-        """Measures all leaves while the body runs, which must not read what is measured; much by a thread of `beside`."""
+        """Measures all leaves while the body runs, which must not read what is measured.
+
+        Large deliveries are measured by a thread of `beside`, small ones before the body runs.
+        """
         measuring = None
         if sum(leaf.nbytes for part in self.parts for leaf in part.weights) >= WORTH_A_THREAD:
             with contextlib.suppress(RuntimeError):  # the interpreter is about to end, which starts no more work

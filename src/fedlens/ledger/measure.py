@@ -2,8 +2,8 @@
 
 A leaf is walked over tile by tile, some columns of all clients of a delivery at a time, so that a tile is read from
 memory once: norms, checksums, the clients' weighted sum, and each client's inner product with that sum are taken of it
-while it is in the cache. Where the delivery is all of the round, that sum points where the mean update does, and the products are
-all that the cosine needs; otherwise `projections` goes over the clients once more when the mean is known.
+while it is in the cache. Where the delivery is all of the round, that sum points where the mean update does, and the
+products are all that the cosine needs; otherwise `projections` goes over the clients once more when the mean is known.
 
 Updates of float32 leaves are taken in float32, in which a difference of near numbers loses nothing, and summed over
 4,096 elements at most before float64 takes over: relative errors stay below 1e-6. A tile whose squares could be too

@@ -100,8 +100,8 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, l
     """Lays out a file for tensors given as name -> (dtype, shape).
 
     Wide dtypes come first, as the safetensors library has it, so that every tensor is aligned to its item size. Among
-    those of one width large tensors come first, the largest before the others, and the first begins at a block of the
-    disk: what lies in memory as it does in the file is written without a copy (`direct.py`).
+    those of one width large tensors come first, the largest before the others, and the first large one begins at a
+    block of the disk: what lies in memory as it does in the file is written without a copy (`direct.py`).
 
     Returns:
       What the file starts with, and the names in the order in which their bytes follow.
@@ -116,13 +116,17 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, l
     large = {name: size for name, size in sizes.items() if size >= direct.IN_PLACE}
     order = sorted(tensors, key=lambda name: (-widths[name], -large.get(name, 0)))
     header: dict[str, Any] = {}
-    end = 0
+    end, first_large = 0, None
     for name in order:
         dtype, shape = tensors[name]
+        if name in large and first_large is None:
+            first_large = end
         begin, end = end, end + sizes[name]
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % (direct.BLOCK if large else 8))
+    text += b" " * (-len(text) % 8)
+    if first_large is not None:
+        text += b" " * (-(8 + len(text) + first_large) % direct.BLOCK // 8 * 8)
     return struct.pack("<Q", len(text)) + text, order
 
 

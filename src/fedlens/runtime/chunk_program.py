@@ -76,8 +76,8 @@ def run_chunk(
       starts: where in it the rows begin.
 
     Returns:
-      The accumulators, or if `alone` what `results` makes of them; the outputs, [devices * capacity, *leaf], or `memory`
-      with them; what was seen: of each client, [devices * capacity, ...], and whether all passed, [devices].
+      The accumulators, or if `alone` what `results` makes of them; the outputs, [devices * capacity, *leaf], or the
+      memory that has them; what was seen: of each client, [devices * capacity, ...], and whether all passed, [devices].
     """
 
     def share(
