@@ -10,7 +10,7 @@ import pytest
 import fedlens as fed
 from fedlens.runtime import Local, rows
 
-CLIENTS, LENGTH = 40, 20_000  # 3.2 MB of float32: worth keeping
+CLIENTS, LENGTH = 40, 20_003  # 3.2 MB of float32: worth keeping; no whole sectors
 
 VECTORS = fed.FederatedType(fed.TensorType(np.float32, (LENGTH,)), fed.CLIENTS)
 SCALE = fed.FederatedType(np.float32, fed.SERVER)
@@ -47,7 +47,7 @@ def addresses(values):
 
 def room_of(memory, capacity):
     """The shape of a leaf's rows on each device, of memory that is taken for so many clients."""
-    scaled, *_ = memory.lend(memory.take(capacity))["federated_map_2"]
+    scaled, *_ = memory.lend(memory.take(capacity, [1] * memory._by_device.num_devices))["federated_map_2"]
     return [of_device.shape for of_device in scaled]
 
 
@@ -104,12 +104,18 @@ def test_memory_that_nobody_holds_is_used_again(engine, cohort, vectors):
     check(third, vectors, 3)
 
 
-def test_rows_begin_at_pages(engine, cohort, vectors):
+def test_rows_lie_by_sectors_as_in_a_file_where_those_of_the_devices_follow_each_other(engine, vectors):
     with fed.use(Local(engine.devices)):
-        values = work(cohort, 2)
-    assert len(values.parts) == len(engine.devices)
-    assert [leaf.ctypes.data % 4096 for part in values.parts for leaf in part.leaves] == [0] * 3 * len(values.parts)
-    check(values, vectors, 2)
+        for clients in (CLIENTS, CLIENTS - 1, CLIENTS - 3, CLIENTS):  # the same capacity, other places
+            values = work(fed.Cohort(list(vectors[:clients])), 2)
+            assert len(values.parts) == len(engine.devices)
+            before = [0, *np.cumsum([len(part.positions) for part in values.parts])]
+            for start, part in zip(before, values.parts, strict=False):
+                for leaf in part.leaves:
+                    assert leaf.ctypes.data % 512 == start * leaf[0].nbytes % 512
+                    assert start or leaf.ctypes.data % 4096 == 0
+            np.testing.assert_array_equal(values.stacked["scaled"], vectors[:clients] * 2)
+            np.testing.assert_array_equal(values.stacked["count"], np.full(clients, 2))
 
 
 def test_no_more_is_kept_than_a_little(engine, cohort, vectors, monkeypatch):
@@ -135,7 +141,7 @@ def test_rows_of_another_capacity_are_not_taken(engine, cohort):
     with fed.use(Local(engine.devices)) as context:
         work(cohort, 1)
         ((_, _, memory),) = context.engine._programs.values()
-        small = memory.take(30)
+        small = memory.take(30, [30] * len(engine.devices))
         assert room_of(memory, 50) == [(50, LENGTH)] * len(engine.devices)
         memory.lend(small)  # and dropped at once, as the first chunk is when the second is larger
         assert room_of(memory, 50) == [(50, LENGTH)] * len(engine.devices)

@@ -161,7 +161,7 @@ class Local:
                     capacity = max(-(-bucket(max(len(share) for share in shares)) // group) * group, capacity)
                     packed, counts, layouts = self._pack(stage, cohort, shares, capacity, group)
                 compute = partial(run_chunk, capacity, group, layouts, held, packed, counts)
-                room = memory.take(capacity)
+                room = memory.take(capacity, [len(share) for share in shares])
                 sums, rows, seen = compute(_WATCH[on_nonfinite], alone, *(room or (None, None))[:2])
                 total = sums if total is None else finish.merge(total, sums, read_after)
                 if computing is not None:
