@@ -30,6 +30,7 @@ from workloads import WORKLOADS, Workload
 
 import fedlens as fed
 from fedlens.ledger import ClientPart, LedgerWriter, RoundRecord
+from fedlens.memory import BEYOND_PAGE, PAGE
 
 BOUNDS = {"run": 1.05, "processor": 1.5, "bandwidth": 0.8}
 
@@ -143,7 +144,7 @@ def bandwidth(repeats: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def whole_round(name: str, clients: int) -> RoundRecord:
-    """A round of a workload's model, in two parts as two devices hand it over."""
+    """A round of a workload's model, in two parts as two devices hand it over, and where they have it in memory."""
     rng = np.random.default_rng(0)
     workload = WORKLOADS[name]
     assert isinstance(workload, Workload)
@@ -154,7 +155,7 @@ def whole_round(name: str, clients: int) -> RoundRecord:
             tuple(f"client-{place:07d}" for place in places),
             places,
             [
-                leaf + np.float32(0.01) * rng.standard_normal((len(places), *leaf.shape), np.float32)
+                as_devices_have(leaf + np.float32(0.01) * rng.standard_normal((len(places), *leaf.shape), np.float32))
                 for leaf in reference
             ],
             np.full(len(places), workload.examples),
@@ -163,6 +164,15 @@ def whole_round(name: str, clients: int) -> RoundRecord:
         for places in np.array_split(np.arange(clients), 2)
     ]
     return RoundRecord(0, reference, parts, {"loss": 1.0}, {"weights": reference[0]})
+
+
+def as_devices_have(array: np.ndarray) -> np.ndarray:
+    """The same array where it lies in memory as an array of XLA's does."""
+    memory = np.empty(array.nbytes + 2 * PAGE, np.uint8)
+    start = (BEYOND_PAGE - memory.ctypes.data) % PAGE
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def write(path: Path, record: RoundRecord, rounds: int) -> None:

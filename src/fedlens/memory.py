@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 PAGE = 4096  # bytes
+# Bytes beyond a page at which XLA's allocator has large arrays: its alignment, after the allocator's own header.
+BEYOND_PAGE = 64
 HUGE_PAGE = 2 << 20  # bytes; NumPy asks for such pages where it makes large arrays
 
 _ALIGNMENT = 64  # bytes

@@ -112,8 +112,8 @@ def test_rows_lie_by_sectors_as_in_a_file_where_those_of_the_devices_follow_each
             before = [0, *np.cumsum([len(part.positions) for part in values.parts])]
             for start, part in zip(before, values.parts, strict=False):
                 for leaf in part.leaves:
-                    assert leaf.ctypes.data % 512 == start * leaf[0].nbytes % 512
-                    assert start or leaf.ctypes.data % 4096 == 0
+                    assert leaf.ctypes.data % 512 == (64 + start * leaf[0].nbytes) % 512
+                    assert start or leaf.ctypes.data % 4096 == 64
             np.testing.assert_array_equal(values.stacked["scaled"], vectors[:clients] * 2)
             np.testing.assert_array_equal(values.stacked["count"], np.full(clients, 2))
 

@@ -7,6 +7,7 @@ compute the same write the same bytes.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.metadata
 import json
 import math
@@ -123,14 +124,15 @@ def describe(
         rounds,
         trees.skeleton(weights),
         tuple(leaves),
-        dict(library_versions() | dict(versions)),
+        {**library_versions(), **versions},
         encodings=rules,
         keep=keep,
         policy=None if policy is None else _plain(policy, "policy"),
     )
 
 
-def library_versions() -> dict[str, str]:
+@functools.cache  # reading them takes some milliseconds
+def library_versions() -> Mapping[str, str]:
     """The versions of Python and of the libraries that decide a run's numbers, as far as they are installed."""
     versions = {"python": platform.python_version()}
     for library in _LIBRARIES:

@@ -23,6 +23,7 @@ from jaxtyping import Shaped, UInt8
 from fedlens.errors import LedgerError
 from fedlens.ledger import direct
 from fedlens.ledger.storage import LocalStore, Store
+from fedlens.memory import BEYOND_PAGE
 
 AnyArray = Shaped[np.ndarray, "..."]  # an array of any shape and of one of the dtypes below
 Bytes = UInt8[np.ndarray, "bytes"]  # the memory of an array
@@ -100,8 +101,9 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, l
     """Lays out a file for tensors given as name -> (dtype, shape).
 
     Wide dtypes come first, as the safetensors library has it, so that every tensor is aligned to its item size. Among
-    those of one width large tensors come first, the largest before the others, and the first large one begins at a
-    block of the disk: what lies in memory as it does in the file is written without a copy (`direct.py`).
+    those of one width large tensors come first, the largest before the others, and the first large one begins as far
+    beyond a block of the disk as XLA's large arrays begin beyond a page: what lies in memory as it does in the file is
+    written without a copy (`direct.py`).
 
     Returns:
       What the file starts with, and the names in the order in which their bytes follow.
@@ -126,7 +128,7 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, l
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if first_large is not None:
-        text += b" " * (-(8 + len(text) + first_large) % direct.BLOCK // 8 * 8)
+        text += b" " * ((BEYOND_PAGE - 8 - len(text) - first_large) % direct.BLOCK // 8 * 8)
     return struct.pack("<Q", len(text)) + text, order
 
 

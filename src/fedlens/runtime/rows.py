@@ -5,8 +5,9 @@ filled with zeros first: a round of W2 that hands out 42 MB took 1.2 times as lo
 takes 1.06 times as long: the rows of a run are an argument of the next, donated, once nobody holds what was handed out.
 
 All leaves of one dtype share one piece of memory on each device. A leaf's rows begin there where a disk can read them
-as they lie (`ledger/direct.py`): those of the first device at a page, those of the others as far from a sector as in a
-file in which the devices' rows follow each other. The pages are huge, of which a disk takes more at once.
+as they lie (`ledger/direct.py`): those of the first device where XLA has large arrays of its own, `BEYOND_PAGE`, those of
+the others as far from a sector as in a file in which the devices' rows follow each other. The pages are huge, of which a
+disk takes more at once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from jaxtyping import Array, Int, Shaped
 
 from fedlens.compiler import ClientStage
 from fedlens.language.types import num_bytes, tensor_types
-from fedlens.memory import PAGE, in_huge_pages
+from fedlens.memory import BEYOND_PAGE, PAGE, in_huge_pages
 
 _WORTH_KEEPING = 1 << 20  # bytes; for less the program makes its own
 # Bytes that a stage keeps while nobody uses them. Twice the rows of W2 fit: what a caller drops together is the round
@@ -41,7 +42,7 @@ Starts = Int[Array, "devices leaves"]  # in the memory of its dtype, the number 
 
 
 class _Leaf(NamedTuple):
-    """Room for the rows of a leaf: the number at which it begins, after the first page does, and a row's shape."""
+    """Room for the rows of a leaf: the number at which it begins, after the first on a page, and a row's shape."""
 
     dtype: str
     first: int
@@ -74,7 +75,7 @@ class _Room:
     Attributes:
       capacity: for how many clients of each device it is.
       places: where each leaf is.
-      pages: dtype -> the number at which the first page begins, on each device.
+      pages: dtype -> the first number that is `BEYOND_PAGE`, on each device.
       starts: how many clients each device has -> where the rows begin, in the memory of the devices and on the host.
     """
 
@@ -176,7 +177,7 @@ class RowMemory:
             pieces = self._of_devices(spread)
             for piece in pieces:
                 in_huge_pages(piece)
-            pages[dtype] = np.array([-piece.ctypes.data % PAGE // piece.itemsize for piece in pieces])
+            pages[dtype] = np.array([(BEYOND_PAGE - piece.ctypes.data) % PAGE // piece.itemsize for piece in pieces])
         return _Room(self._capacity, self._places, pages, {})
 
     def _starts(self, room: _Room, counts: tuple[int, ...]) -> tuple[Starts, Int[np.ndarray, "devices leaves"]]:
