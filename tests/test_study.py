@@ -1,6 +1,7 @@
 """`fed.run` and `fed.resume`: the loop, what it stores, and that an interruption changes no bit."""
 
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -78,10 +79,11 @@ def test_large_local_models_go_to_the_disk_from_where_the_devices_wrote_them(dat
         inputs=data.element_type,
         loss=fed.losses.cross_entropy,
     )
-    sizes = []
+    sizes = []  # of what went past the cache
 
     def write(descriptor, memory, *, write=os.write):
-        sizes.append(len(memory))
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            sizes.append(len(memory))
         return write(descriptor, memory)
 
     monkeypatch.setattr(os, "write", write)
@@ -89,9 +91,11 @@ def test_large_local_models_go_to_the_disk_from_where_the_devices_wrote_them(dat
     fed.run(process, data, rounds=2, ledger=tmp_path / "run", progress=False)
     devices = len(jax.local_devices())
     of_device = [len(part) * 700 * 512 * 4 for part in np.array_split(np.arange(len(data.ids)), devices)]
-    if not set(of_device) & set(sizes):
+    if not sizes:
         pytest.skip("this file system has no direct files")
-    assert [sizes.count(size) for size in set(of_device)] == [2 * of_device.count(size) for size in set(of_device)]
+    # All rows of a device in one go, but for what is no whole block at their ends.
+    large = sorted(size for size in sizes if size > min(of_device) - 8192)
+    np.testing.assert_allclose(large, sorted(2 * of_device), rtol=0, atol=8192)
     state = process.initialize(0)
     for number in range(2):
         state, _, local_models = process.with_local_models().next(state, data.cohort(number))

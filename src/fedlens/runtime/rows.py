@@ -5,9 +5,9 @@ filled with zeros first: a round of W2 that hands out 42 MB took 1.2 times as lo
 takes 1.06 times as long: the rows of a run are an argument of the next, donated, once nobody holds what was handed out.
 
 All leaves of one dtype share one piece of memory on each device. A leaf's rows begin there where a disk can read them
-as they lie (`ledger/direct.py`): those of the first device where XLA has large arrays of its own, `BEYOND_PAGE`, those of
-the others as far from a sector as in a file in which the devices' rows follow each other. The pages are huge, of which a
-disk takes more at once.
+as they lie (`ledger/direct.py`): those of the first device `BEYOND_PAGE`, where XLA has large arrays of its own, those
+of the others as far from a sector as in a file in which the devices' rows follow each other. The pages are huge, of
+which a disk takes more at once.
 """
 
 from __future__ import annotations
