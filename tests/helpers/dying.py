@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from fedlens.errors import LedgerError
 from fedlens.ledger import ClientPart, Ledger, LedgerWriter, RoundRecord, direct
+from fedlens.memory import BEYOND_PAGE, PAGE
 
 # The one other thread is jemalloc's, which takes care of forks.
 warnings.filterwarnings("ignore", "This process .* is multi-threaded")
@@ -34,7 +35,11 @@ pa.array([""])  # imports pandas where there is one, once and not in every write
 os.fsync = lambda descriptor: None
 
 def record(number, size):
-    local = np.full((4, size), number, np.float32) + np.arange(4, dtype=np.float32)[:, None]
+    # Those of even rounds lie in memory as in the file and are written from there, others through a buffer.
+    memory = np.empty(16 * size + 2 * PAGE, np.uint8)
+    start = (BEYOND_PAGE + 16 * (number % 2) - memory.ctypes.data) % PAGE
+    local = memory[start : start + 16 * size].view(np.float32).reshape(4, size)
+    local[:] = number + np.arange(4)[:, None]
     part = ClientPart(("a", "b", "c", "d"), np.arange(4), [local], np.arange(4), {})
     return RoundRecord(number, [np.full(size, number, np.float32)], [part], {}, {"round": np.array(number)})
 
