@@ -278,6 +278,14 @@ PART = ClientPart(("a", "b"), np.array([0, 1]), [np.zeros((2, 2), np.float32)], 
 RECORD = RoundRecord(0, [SMALL], [PART], {}, {})
 
 
+class OtherArray:
+    """An array of a library whose dtypes have no name."""
+
+    shape = (2, 2)
+
+    dtype = type("DType", (), {"__repr__": lambda _: "other.float32"})()
+
+
 def with_part(**changes: object) -> RoundRecord:
     return dataclasses.replace(RECORD, parts=[dataclasses.replace(PART, **changes)])
 
@@ -298,6 +306,8 @@ def with_part(**changes: object) -> RoundRecord:
         (with_part(positions=np.arange(3)), r"Expected 2 numbers, found shape \(3,\), in 'positions'"),
         (with_part(num_examples=np.array([1, -2])), "number of examples, found -2.0, in client 'b'"),
         (with_part(num_examples=np.array([1, 1.5])), "number of examples, found 1.5, in client 'b'"),
+        (with_part(num_examples=np.array([np.nan, -1])), "number of examples, found nan, in client 'a'"),
+        (with_part(weights=[OtherArray()]), r"Expected float32\[2, 2\], found other.float32\[2, 2\], in leaf 'weights'"),
         (with_part(metrics={"Round": np.ones(2)}), "other than a ledger's own columns, found 'Round'"),
         (with_part(metrics={"leaves": np.ones(2)}), "found 'leaves'"),
         (with_part(metrics={"Loss": np.ones(2)}), "differ in more than case, found 'Loss'"),

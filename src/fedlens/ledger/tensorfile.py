@@ -82,8 +82,8 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 @functools.cache
 def name_of(dtype: Any) -> str:
-    """The name of a dtype, which NumPy takes some microseconds to make up."""
-    return str(dtype.name)
+    """The name of a dtype, which NumPy takes some microseconds to make up; of other libraries' what they print."""
+    return str(getattr(dtype, "name", dtype))
 
 
 def as_bytes(array: AnyArray) -> Bytes:
