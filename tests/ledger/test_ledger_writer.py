@@ -307,7 +307,7 @@ def with_part(**changes: object) -> RoundRecord:
         (with_part(num_examples=np.array([1, -2])), "number of examples, found -2.0, in client 'b'"),
         (with_part(num_examples=np.array([1, 1.5])), "number of examples, found 1.5, in client 'b'"),
         (with_part(num_examples=np.array([np.nan, -1])), "number of examples, found nan, in client 'a'"),
-        (with_part(weights=[OtherArray()]), r"Expected float32\[2, 2\], found other.float32\[2, 2\], in leaf 'weights'"),
+        (with_part(weights=[OtherArray()]), r"Expected float32\[2, 2\], found other.float32\[2, 2\]"),
         (with_part(metrics={"Round": np.ones(2)}), "other than a ledger's own columns, found 'Round'"),
         (with_part(metrics={"leaves": np.ones(2)}), "found 'leaves'"),
         (with_part(metrics={"Loss": np.ones(2)}), "differ in more than case, found 'Loss'"),
