@@ -150,6 +150,23 @@ def test_a_ledger_that_no_run_started_cannot_be_resumed(process, data, tmp_path)
         fed.resume(process, data, ledger=tmp_path / "own", progress=False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"rounds": float("inf")}, {"rounds": "4"}, {"rounds": 0}, {"seed": 0.5}, {"clients_per_round": []}],
+    ids=str,
+)
+def test_a_plan_of_another_kind_is_refused(process, data, tmp_path, change):
+    weights = trees.map(np.asarray, process.initialize(0).weights)
+    plan = {"rounds": 2, "seed": 0, "clients_per_round": None}
+    LedgerWriter.create(tmp_path / "own", weights=weights, config={"study": plan}, rounds=2).close()
+    run = json.loads((tmp_path / "own" / "run.json").read_text())
+    run["config"]["study"] |= change
+    del run["checksum"]
+    (tmp_path / "own" / "run.json").write_text(json.dumps(run))
+    with pytest.raises(LedgerError, match=r"Expected .* found .* In 'study' of the config, in .*own"):
+        fed.resume(process, data, ledger=tmp_path / "own", progress=False)
+
+
 def test_there_is_nothing_to_resume_in_an_empty_folder(process, data, tmp_path):
     with pytest.raises(LedgerError, match="Expected a ledger"):
         fed.resume(process, data, ledger=tmp_path, progress=False)

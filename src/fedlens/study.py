@@ -201,15 +201,17 @@ class _Plan:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], ledger: str | os.PathLike[str]) -> _Plan:
-        found = config.get(_STUDY)
+        found, where = config.get(_STUDY), os.fspath(ledger)
         try:
-            rounds, seed, clients = found["rounds"], found["seed"], found["clients_per_round"]  # type: ignore[index]
+            return cls.of(found["rounds"], found["seed"], found["clients_per_round"])  # type: ignore[index]
         except (KeyError, TypeError):
             raise LedgerError(
-                f"Expected a ledger that fed.run started, found one without {_STUDY!r} in its config, "
-                f"in {os.fspath(ledger)}."
+                f"Expected a ledger that fed.run started, found one without {_STUDY!r} in its config, in {where}."
             ) from None
-        return cls(int(rounds), int(seed), None if clients is None else int(clients))
+        except ConfigError as error:
+            raise LedgerError(
+                f"{error} In {_STUDY!r} of the config, in {where}. The file was changed: restore it from a copy."
+            ) from None
 
 
 class _Study:

@@ -8,6 +8,7 @@ import shutil
 import struct
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from fedlens.errors import LedgerError
@@ -39,6 +40,15 @@ def change_header(path, change):
 def change_run(path, **fields):
     run = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(run | fields))
+
+
+def change_summary(path, change):
+    """Changes what a round's table says of the round, and takes its checksum away."""
+    table = pq.read_table(path)
+    summary = json.loads(table.schema.metadata[b"fedlens"])
+    del summary["checksum"]
+    change(summary)
+    pq.write_table(table.replace_schema_metadata({"fedlens": json.dumps(summary)}), path)
 
 
 def test_a_flipped_byte_is_found_in_its_leaf_and_nowhere_else(ledger_path):
@@ -152,6 +162,32 @@ def test_a_folder_or_another_table_in_place_of_the_table(ledger_path):
     file.mkdir()
     with pytest.raises(LedgerError, match=r"000000\.parquet"):
         Ledger(ledger_path).round(0)
+
+
+SUMMARY_CHANGES = [
+    *({"round": value} for value in (float("inf"), 10**400, 0.0, "0", True, None, -1)),
+    *({"metrics": value} for value in (None, 3, {"a": [1]}, {"a": None}, {"a": "NaN"}, {"a": "1_0"}, {"a": 2**64})),
+    *({"global_checksums": {"dense/bias": value}} for value in (float("nan"), float("inf"), -1, 2**32, 0.5, "1")),
+    *({"checkpoint_checksums": value} for value in ([], {"key": float("-inf")}, {"key": True})),
+]
+
+
+@pytest.mark.parametrize("change", SUMMARY_CHANGES, ids=lambda change: str(change)[:40])
+def test_what_a_table_says_of_its_round_is_of_the_kind_that_the_format_has(ledger_path, change):
+    change_summary(ledger_path / "rounds" / "000000.parquet", lambda summary: summary.update(change))
+    with pytest.raises(LedgerError, match=r"Expected a round's metadata, found damage.*in .*run"):
+        Ledger(ledger_path).metrics()
+    with pytest.raises(LedgerError, match=r"Expected a round's metadata, found damage.*000000\.parquet"):
+        Ledger(ledger_path).round(0)
+    assert [damage.file for damage in Ledger(ledger_path).verify()] == ["rounds/000000.parquet"]
+
+
+def test_metrics_that_json_has_no_number_for_stand_as_text(ledger_path):
+    metrics = {"a": "nan", "b": "inf", "c": "-inf", "d": 2**64 - 1, "e": -(2**63), "f": True, "g": 0.5}
+    change_summary(ledger_path / "rounds" / "000000.parquet", lambda summary: summary.update(metrics=metrics))
+    found = Ledger(ledger_path).round(0).metrics
+    assert list(found.values())[1:] == [float("inf"), float("-inf"), 2**64 - 1, -(2**63), True, 0.5]
+    assert np.isnan(found["a"])
 
 
 def test_flipped_bytes_anywhere_give_our_error_or_nothing(ledger_path):

@@ -45,6 +45,7 @@ _FIXED = {
 }
 _LEAF_ROW_1 = pa.struct(list(LEAF_ROW)[:3])  # of version 1
 _UNKNOWN_IN_1 = ("dropped", "cosine")  # columns that version 1 has not: null
+_NOT_FINITE = {text: float(text) for text in ("nan", "inf", "-inf")}  # metrics that stand as text: JSON has none
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,10 @@ def read_summary(table: pa.Table, path: object) -> RoundSummary:
     try:
         fields = json.loads(table.schema.metadata[_KEY])
         return RoundSummary(
-            int(fields["round"]),
-            {name: float(value) if isinstance(value, str) else value for name, value in fields["metrics"].items()},
-            {name: int(value) for name, value in fields["global_checksums"].items()},
-            {name: int(value) for name, value in fields["checkpoint_checksums"].items()},
+            _whole(fields["round"], below=2**63),
+            {name: _metric(value) for name, value in fields["metrics"].items()},
+            {name: _whole(value, below=2**32) for name, value in fields["global_checksums"].items()},
+            {name: _whole(value, below=2**32) for name, value in fields["checkpoint_checksums"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LedgerError(f"Expected a round's metadata, found damage ({error!r}), in {path}.") from error
@@ -250,7 +251,21 @@ def _number(value: Any) -> bool | int | float | str:
     if scalar.dtype.kind in "biu":
         return scalar.item()
     number = float(scalar)
-    return number if np.isfinite(number) else str(number)  # JSON has no NaN: "nan", "inf" and "-inf" stand as text
+    return number if np.isfinite(number) else str(number)
+
+
+def _whole(value: Any, below: int) -> int:
+    if type(value) is not int or not 0 <= value < below:
+        raise ValueError(f"{value!r} where a whole number below {below} should be")
+    return value
+
+
+def _metric(value: Any) -> float:
+    if isinstance(value, str):
+        return _NOT_FINITE[value]
+    if type(value) in (bool, float) or (type(value) is int and -(2**63) <= value < 2**64):
+        return value
+    raise ValueError(f"{value!r} where a metric should be")
 
 
 def _check(table: pa.Table, leaves: Sequence[Leaf], unknown: Collection[str] = ("cosine",)) -> None:
