@@ -40,4 +40,4 @@ class Watch:
             yield
         finally:
             self.root = None
-        assert self.wrong == []
+        assert not self.wrong, self.wrong

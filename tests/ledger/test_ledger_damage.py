@@ -8,6 +8,7 @@ import shutil
 import struct
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -226,7 +227,10 @@ RUN_CHANGES = [
     {"planned_rounds": "3"},
     {"planned_rounds": 0},
     {"config": []},
+    {"config": {"rates": [0.5, float("inf")]}},
+    {"config": {"\ud800": 1}},
     {"versions": 1},
+    {"versions": {"fedlens": "\udfff"}},
     {"format": "other"},
 ]
 
@@ -243,6 +247,26 @@ def test_a_garbage_run_json(ledger_path, text):
     (ledger_path / "run.json").write_bytes(text)
     with pytest.raises(LedgerError, match=r"run\.json"):
         Ledger(ledger_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+def test_another_encoding_than_the_format_s_is_refused(ledger_path, encoding):
+    run = (ledger_path / "run.json").read_text()
+    (ledger_path / "run.json").write_bytes(run.encode(encoding))
+    with pytest.raises(LedgerError, match=r"run\.json"):
+        Ledger(ledger_path)
+
+
+def test_a_client_whose_id_is_no_text(ledger_path):
+    file = ledger_path / "rounds" / "000000.parquet"
+    table = pq.read_table(file)
+    summary = json.loads(table.schema.metadata[b"fedlens"])
+    del summary["checksum"]
+    ids = pa.array([b"\xff", *(b"%d" % place for place in range(1, len(table)))]).view(pa.string())
+    table = table.set_column(table.column_names.index("client"), "client", ids)
+    pq.write_table(table.replace_schema_metadata({"fedlens": json.dumps(summary)}), file)
+    with pytest.raises(LedgerError, match=r"Invalid UTF8.*000000\.parquet"):
+        Ledger(ledger_path).round(0)
 
 
 def test_no_ledger(tmp_path):

@@ -140,10 +140,10 @@ def cuts(draw, files):
     return {name: draw(st.sampled_from([data[:start], data[:start] + put_in + data[end:], None]))}
 
 
+TEXTS = ["..", "../../x", "a\0b", "/etc/passwd", "\ud800", "int8-delta", "float8_e4m3fn", "raw", "*"]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(
-        ["..", "../../x", "a\0b", "/etc/passwd", 2**70, 10**400, -1, math.inf, "int8-delta", "float8_e4m3fn", "*"]
-    ),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from([*TEXTS, 2**70, 10**400, -1, math.inf]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )  # fmt: skip
@@ -173,7 +173,7 @@ def changed(draw, value):
         elif what == "remove":
             del parent[last]
         else:
-            parent[draw(st.sampled_from(["..", "a\0b", "local/..", "global/zero", "x"]))] = parent.pop(last)
+            parent[draw(st.sampled_from(["..", "a\0b", "\ud800", "local/..", "global/zero", "x"]))] = parent.pop(last)
     return value
 
 
@@ -200,6 +200,7 @@ COLUMNS = {
     "string": (pa.string(), st.text(max_size=5) | st.sampled_from(["..", "a\0b"])),
     "double": (pa.float64(), st.floats()),
     "binary": (pa.binary(), st.binary(max_size=4)),
+    "no text": (pa.string(), st.binary(max_size=4)),
     "bool": (pa.bool_(), st.booleans()),
     "list": (pa.list_(pa.int8()), st.lists(st.integers(0, 3), max_size=2)),
     "date": (pa.date32(), st.integers(0, 9)),
@@ -221,7 +222,9 @@ def tables(draw, files):
         what = draw(st.sampled_from(["column", "drop", "rows", "metadata", "leaves", "none"]))
         if what == "column":
             dtype, values = COLUMNS[draw(st.sampled_from(sorted(COLUMNS)))]
-            column = pa.array(draw(st.lists(values | st.none(), min_size=len(table), max_size=len(table))), dtype)
+            rows = draw(st.lists(values | st.none(), min_size=len(table), max_size=len(table)))
+            is_bytes = any(isinstance(row, bytes) for row in rows)
+            column = pa.array(rows, pa.binary() if is_bytes else dtype).view(dtype)
             label = draw(st.sampled_from([*table.column_names, "..", "a\0b", "Loss", "foreign", ""]))
             if label in table.column_names:
                 table = table.set_column(table.column_names.index(label), label, column)

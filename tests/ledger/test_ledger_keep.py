@@ -118,6 +118,8 @@ def test_what_is_kept_stands_in_run_json_and_holds_after_a_resume(tmp_path, make
         ({"leaves": ["a", 3]}, "found 3, in Keep.leaves"),
         ({"clients": [1]}, "found 1, in Keep.clients"),
         ({"clients": ["\ud800"]}, "valid Unicode"),
+        ({"clients": "\ud800*"}, "valid Unicode"),
+        ({"leaves": "[\ud800d]*"}, "valid Unicode"),
         ({"statistics_only": 1}, "True or False, found 1"),
     ],
 )

@@ -21,7 +21,7 @@ from typing import Any
 from fedlens import trees  # `from fedlens import` asks the lazy package first, which loads JAX to look
 from fedlens.errors import FedlensError, LedgerError
 from fedlens.ledger import encodings as encoding
-from fedlens.ledger import seal
+from fedlens.ledger import jsontext, seal
 from fedlens.ledger.folder import RUN
 from fedlens.ledger.keep import Keep
 from fedlens.ledger.tensorfile import dtype_of
@@ -188,7 +188,7 @@ def parse_run(text: bytes, path: object) -> Run:
       LedgerError: it is damaged, or its format or encoding is not one that this fedlens reads.
     """
     try:
-        fields = json.loads(text)
+        fields = jsontext.parse(text)
         foreign = _foreign(fields)
         run = None if foreign else _parse(fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FedlensError) as error:

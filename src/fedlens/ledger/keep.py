@@ -39,10 +39,12 @@ class Keep:
 
     def __post_init__(self) -> None:
         """Checks the values, and makes tuples of lists, so that equal values are equal."""
-        if not isinstance(self.leaves, str):
-            object.__setattr__(self, "leaves", _texts(self.leaves, "Keep.leaves"))
-        if self.clients is not None and not isinstance(self.clients, str):
-            object.__setattr__(self, "clients", _texts(self.clients, "Keep.clients"))
+        for name in ("leaves", "clients"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                _texts([value], f"Keep.{name}")
+            elif value is not None or name == "leaves":
+                object.__setattr__(self, name, _texts(value, f"Keep.{name}"))
         if type(self.every) is not int or self.every < 1:
             raise LedgerError(f"Expected a whole number of rounds, at least 1, found {self.every!r}, in Keep.every.")
         if type(self.statistics_only) is not bool:

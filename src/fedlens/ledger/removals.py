@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import durable, seal
+from fedlens.ledger import durable, jsontext, seal
 from fedlens.ledger.storage import LocalStore, Store
 
 FILE = "removals.jsonl"
@@ -88,7 +88,7 @@ def _to_json(removal: Removal) -> bytes:
 
 
 def _parse(line: bytes) -> Removal:
-    fields = json.loads(line)
+    fields = jsontext.parse(line)
     if "checksum" not in fields or seal.is_broken(line, seal.END_OF_METADATA):
         raise ValueError("a line without its checksum")
     removal = Removal(fields["kind"], tuple(fields["rounds"]), tuple(fields.get("clients", ())))

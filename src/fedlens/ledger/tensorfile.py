@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from fedlens.errors import LedgerError
-from fedlens.ledger import direct
+from fedlens.ledger import direct, jsontext
 from fedlens.ledger.storage import LocalStore, Store
 from fedlens.memory import BEYOND_PAGE
 
@@ -161,7 +161,7 @@ def slots_in(store: Store, name: str) -> dict[str, Slot]:
     text = bytearray(length)
     store.fill([(name, 8, memoryview(text))])
     try:
-        header = json.loads(text)
+        header = jsontext.parse(text)
         header.pop("__metadata__", None)
         entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
         end = 0
