@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -86,6 +86,23 @@ class Whole(dict[str, tuple[dict[str, bytes], dict[str, object]]]):
         return "Whole()"  # all of it is longer than hypothesis prints, which would hide the case that it found
 
 
+def questions(path: Path) -> Iterator[Callable[[], object]]:
+    """What else can be asked of it: each is answered or refused on its own."""
+    ledger = Ledger(path)
+    yield lambda: (repr(ledger), ledger.state, ledger.config, ledger.table())
+    yield lambda: ledger.sql("select client, round, avg(norm) from local_models group by all order by all")
+    yield lambda: ledger.sql("from clients").rows()
+    yield ledger.to_xarray
+    for number in ledger.rounds:
+        stored = ledger.round(number)
+        yield lambda stored=stored: (repr(stored), stored.global_weights)
+        for leaf in ledger.leaf_names:
+            yield lambda stored=stored, leaf=leaf: stored.leaf(leaf)
+            yield lambda stored=stored, leaf=leaf: stored.leaf(leaf, stored.kept_ids)
+        for model in stored.values():
+            yield lambda model=model: (repr(model), model.update, model.weights)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     found = Whole()
@@ -112,6 +129,10 @@ def attempt(path: Path) -> dict[str, object] | None:
         Ledger(path).usage()
     if found is None:
         assert damage != []
+    with contextlib.suppress(LedgerError):
+        for question in questions(path):
+            with contextlib.suppress(LedgerError):
+                question()
     with contextlib.suppress(LedgerError):
         Ledger(path).prune(keep_every=2, drop_clients=[IDS[1]])
     with contextlib.suppress(LedgerError), LedgerWriter.open(path) as writer:
